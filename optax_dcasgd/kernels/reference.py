@@ -86,10 +86,15 @@ def leaf(
     if hyperparams.momentum is not None and momentum is not None:
         update += jnp.asarray(hyperparams.momentum, real) * momentum.astype(dtype)
     new_momentum = None if momentum is None else update.astype(momentum.dtype)
+    base, otherwise = param, jnp.zeros((), dtype)
     if prev is not None:
         prev = own_copy(count, param, update.astype(prev.dtype))
-        update = jnp.where(count >= 0, update, prev.astype(dtype))
-    out = jnp.asarray(param, dtype) + update if step else update
+        if step:
+            base = prev  # which is w
+        else:
+            otherwise = prev.astype(dtype)
+    update = jnp.where(count >= 0, update, otherwise)
+    out = jnp.asarray(base, dtype) + update if step else update
     return Leaf(
         out.astype(_trees.dtype_of(param)),
         prev,
