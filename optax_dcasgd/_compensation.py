@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optax_dcasgd import _arguments, _stale_params, _trees
 from optax_dcasgd._arguments import ScalarOrSchedule
@@ -25,6 +26,16 @@ class Lambda(NamedTuple):
     decay: Any  # m of DC-ASGD-a, or None for DC-ASGD-c
     eps: Any  # ε
     clip: Any  # bound on |compensation| / |g|, or None
+
+
+class Coefficients(NamedTuple):
+    """The hyperparameters of one update as the formula takes them: scalars of one real dtype."""
+
+    lamda: Any
+    decay: Any  # None for DC-ASGD-c
+    complement: Any  # 1 − m; None for DC-ASGD-c
+    eps: Any
+    clip: Any  # None without one
 
 
 def check_lambda(hyperparams: Lambda) -> None:
@@ -40,11 +51,6 @@ def at_count(hyperparams: Any, count: jax.Array) -> Any:
     return type(hyperparams)(*(h(count) if callable(h) else h for h in hyperparams))
 
 
-def as_dtype(hyperparams: Any, dtype: Any) -> Any:
-    """Casts a NamedTuple of scalars to one real dtype; ``None`` stays."""
-    return type(hyperparams)(*(None if h is None else jnp.asarray(h, dtype) for h in hyperparams))
-
-
 def complement(decay: Any, dtype: Any) -> jax.Array:
     """Returns 1 − decay, exact before it is rounded to a real dtype.
 
@@ -55,8 +61,17 @@ def complement(decay: Any, dtype: Any) -> jax.Array:
     return jnp.asarray(1 - float(decay), dtype)
 
 
+def coefficients(hyperparams: Lambda, dtype: Any) -> Coefficients:
+    """Casts the hyperparameters of one update to a real dtype, each rounded once."""
+    lamda, decay, eps, clip = (
+        None if value is None else jnp.asarray(value, dtype) for value in hyperparams
+    )
+    rest = None if decay is None else complement(hyperparams.decay, dtype)
+    return Coefficients(lamda, decay, rest, eps, clip)
+
+
 def compensate(
-    grad: jax.Array, delta: jax.Array | None, nu: jax.Array | None, hyperparams: Lambda
+    grad: jax.Array, delta: jax.Array | None, nu: jax.Array | None, coefficients: Coefficients
 ) -> tuple[jax.Array, jax.Array | None]:
     """The formula at the top of this file, elementwise on arrays of one dtype.
 
@@ -68,21 +83,20 @@ def compensate(
       grad: g.
       delta: w − w_s, or None where it is known to be zero.
       nu: ν_{t−1}, real, or None for DC-ASGD-c.
-      hyperparams: Scalars of any real dtype.
+      coefficients: Scalars, of the real dtype that belongs to that of ``grad``.
 
     Returns:
       g̃ and ν_t.
     """
-    real = _trees.real_dtype(grad.dtype)
-    lamda, decay, eps, clip = as_dtype(hyperparams, real)
+    lamda, decay, rest, eps, clip = coefficients
     if nu is not None:
-        nu = decay * nu + complement(hyperparams.decay, real) * _abs_squared(grad)
+        nu = decay * nu + rest * _abs_squared(grad)
     if delta is None:
         return grad, nu
     # For real g the sign may stay in: g·(λΔ·g). |g|·(λΔ·|g|) is what a complex g needs. Either way
     # g² itself, which overflows or underflows long before g does, is not formed here.
     magnitude = jnp.abs(grad) if jnp.iscomplexobj(grad) else grad
-    scaled = (lamda if nu is None else lamda / jnp.sqrt(nu + eps)) * delta
+    scaled = (lamda if nu is None else lamda * lax.rsqrt(nu + eps)) * delta
     unchanged = (delta == 0) | (lamda == 0)
     if nu is not None:
         unchanged |= grad == 0  # with ε = 0, ν may be zero too
@@ -255,7 +269,7 @@ def add_delay_compensation(
                 jnp.asarray(grad, dtype),
                 difference(param, stale, dtype),
                 None if nu is None else nu.astype(real),
-                now,
+                coefficients(now, real),
             )
             return (
                 compensated.astype(_trees.dtype_of(param)),

@@ -81,7 +81,12 @@ def dcasgd(
         * None: nothing; every ``update`` needs ``stale_params``.
       accumulator_dtype: The dtype of the momentum and of ν; by default float32 or that of the
         parameter, whichever is wider.
-      implementation: ``"xla"``, ``"pallas"``, or None for the fastest on the platform.
+      implementation: ``"xla"``; ``"pallas"`` for one kernel a parameter, on TPUs and on NVIDIA GPUs
+        from Hopper on, for parameters and state of at most 32 bits; or None for the fastest that
+        was measured, which is XLA so far.
+
+        On a mesh with Explicit axes the kernel runs on each shard. On one with Auto axes it has to
+        be called inside ``jax.shard_map`` over all of them (on GPUs with ``check_vma=False``).
 
     All but ``num_workers``, ``store``, ``accumulator_dtype`` and ``implementation`` can be injected
     by ``optax.inject_hyperparams``; there, an integer ``num_workers`` and a dtype class have to be
@@ -94,7 +99,8 @@ def dcasgd(
     Raises:
       ValueError: If an argument is out of range; in ``update``, as `add_delay_compensation`.
       TypeError: If an argument has no legal type, or a parameter is an integer array.
-      NotImplementedError: If ``implementation="pallas"`` cannot run; the message says why.
+      NotImplementedError: If ``implementation="pallas"`` cannot run; the message says why. For a
+        platform or a mesh that is known only when the update is compiled, it comes then.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -151,6 +157,14 @@ def fused_dcasgd(
     The arguments, the state and its values are those of `dcasgd`, so a checkpoint of one loads in
     the other. The new parameters are ``w + m`` rounded once, where ``optax.apply_updates`` rounds
     the update first: in float32 the same, in bfloat16 and float16 closer.
+
+    Where parameters and state are donated, every new array is written over an old one, as far as
+    the compiler lets it: on TPUs in any order of arguments and results. On CPUs, and by the Pallas
+    kernels, if the train step returns ``(params, state)`` and takes them in that order too; on
+    CPUs with momentum and ``store="params"`` also if it returns ``(state, params)``. (JAX pairs
+    donated arguments with results of the same shape in order. In another order, arrays are copied:
+    so wrap ``step`` as in the example, rather than ``jax.jit(optimizer.step)``, whose state comes
+    first.)
 
     Args:
       learning_rate: As in `dcasgd`.
@@ -252,15 +266,21 @@ def _make(
         _trees.check_state(params, state.momentum, state.nu)
         if store is None:
             _stale_params.require(stale_params)
-        stale, prev_params, last_worker = _stale_params.look_up(
-            params,
-            state.prev_params,
-            state.last_worker,
-            count=state.count,
-            num_workers=num_workers,
-            stale_params=stale_params,
-            worker=worker,
-        )
+        prev_params, last_worker = state.prev_params, None
+        if num_workers is not None:
+            stale_params, prev_params, last_worker = _stale_params.look_up(
+                params,
+                state.prev_params,
+                state.last_worker,
+                count=state.count,
+                num_workers=num_workers,
+                stale_params=stale_params,
+                worker=worker,
+            )
+        else:
+            _trees.check_state(params, state.prev_params)
+            if stale_params is not None:
+                stale_params = _trees.align("stale_params", stale_params, params)
         # The backups of workers are up to date now; a single copy is left to the kernel.
         single_copy = state.prev_params if num_workers is None else None
         now = at_count(hyperparams, state.count)
@@ -272,10 +292,13 @@ def _make(
                 keep = functools.partial(_stale_params.own_copy, state.count)
                 prev = None if prev is None else jax.tree.map(keep, param, prev)
                 return kernels.Leaf(param if step else None, prev, momentum, nu)
-            return kernels.leaf(grad, param, stale, prev, momentum, nu, state.count, now, step=step)
+            operands = kernels.Operands(grad, param, stale, prev, momentum, nu)
+            return kernels.leaf(
+                operands, state.count, now, step=step, implementation=implementation
+            )
 
         out, new_copy, momentum, nu = _trees.map_leaves(
-            leaf, 4, grads, params, stale, single_copy, state.momentum, state.nu
+            leaf, 4, grads, params, stale_params, single_copy, state.momentum, state.nu
         )
         return out, DCASGDState(
             count=optax.safe_increment(state.count),

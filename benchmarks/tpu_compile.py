@@ -1,0 +1,162 @@
+"""What the TPU compiler makes of one optimizer step: bytes a parameter, temporaries, copies.
+
+    pip install ".[tpu-compile]"
+    python benchmarks/tpu_compile.py
+
+It needs no TPU: libtpu compiles for a described topology. The figures are the compiler's own:
+``bytes accessed`` of its cost analysis, the temporary memory of its memory analysis, and the
+full-size copies in the compiled program. A kernel is a black box to the compiler: for it, the bytes
+are those that it declares (each array it reads or writes, once), and the rest is the compiler's.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import re
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for the TPU this machine has not
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, SingleDeviceSharding
+
+import optax_dcasgd
+
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+SHAPE = (4096, 4096)
+RULE = {"learning_rate": 0.1, "momentum": 0.9, "lamda": 0.04}
+
+
+def sgd():
+    """The baseline: a transformation and the addition of its updates."""
+    tx = optax.sgd(0.1, 0.9)
+
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return tx.init, step
+
+
+def fused(**arguments):
+    """A fused step of this library."""
+    optimizer = optax_dcasgd.fused_dcasgd(**RULE | arguments)
+    return optimizer.init, optimizer.step
+
+
+def by_hand():
+    """The step as one would write it without this library, its last parameters a bare copy."""
+
+    def step(g, state, w):
+        prev, mom = state
+        mom = 0.9 * mom - 0.1 * (g + 0.04 * g * g * (w - prev))
+        return w + mom, (w, mom)
+
+    return lambda w: (jnp.copy(w), jnp.zeros_like(w)), step
+
+
+ADAPTIVE = {"decay": 0.95, "clip": 1.0}
+STEPS = {
+    "optax.sgd(momentum)": sgd,
+    "JAX by hand": by_hand,
+    "fused_dcasgd()": fused,
+    "fused_dcasgd(), pallas": lambda: fused(implementation="pallas"),
+    "fused_dcasgd(store='updates')": lambda: fused(store="updates"),
+    "fused_dcasgd(store='updates'), pallas": lambda: fused(
+        store="updates", implementation="pallas"
+    ),
+    "fused_dcasgd(decay, clip)": lambda: fused(**ADAPTIVE),
+    "fused_dcasgd(decay, clip), pallas": lambda: fused(**ADAPTIVE, implementation="pallas"),
+}
+# What a step returns; the last is the step's own signature, which takes the state first.
+ORDERS = ("params, state", "state, params", "jit(step)")
+
+
+def devices(chip: str):
+    """The devices of a topology that is described and not there."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
+
+
+def compile_for(chip: str, function, *args, **options):
+    """Compiles a jitted function of arrays, given by their shapes and dtypes, for one chip."""
+    device = devices(chip)[0]
+    sharding = SingleDeviceSharding(device)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    mesh = Mesh(np.array([device]), ("chip",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # so that Pallas knows the chip
+        return jax.jit(function, **options).lower(*args).compile()
+
+
+def compile_step(chip: str, name: str, order: str, dtype):
+    """Compiles a donated step on one array for one chip."""
+    init, step = STEPS[name]()
+    params = jax.ShapeDtypeStruct(SHAPE, dtype)
+    state = jax.eval_shape(init, params)
+    if order == "jit(step)":
+        return compile_for(chip, step, params, state, params, donate_argnums=(1, 2))
+
+    def train_step(params, state, grads):
+        params, state = step(grads, state, params)
+        return (params, state) if order == "params, state" else (state, params)
+
+    return compile_for(chip, train_step, params, state, params, donate_argnums=(0, 1))
+
+
+def full_size(text: str, operation: str, size: int) -> int:
+    """How many operations of that kind in the compiled program have a result of at least `size`."""
+    found = re.findall(rf"= \w+\[([\d,]*)\]\S* {operation}(?:-start)?\(", text)
+    return sum(math.prod(int(n) for n in dims.split(",") if n) >= size for dims in found)
+
+
+def figures(compiled, size: int) -> dict:
+    """Bytes a parameter, full-size temporaries and copies of a compiled step."""
+    text = compiled.as_text()
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    return {
+        "bytes_per_parameter": cost["bytes accessed"] / size,
+        "temporaries": memory.temp_size_in_bytes / (4 * size),
+        "copies": full_size(text, "copy", size),
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "aliased_bytes_per_parameter": memory.alias_size_in_bytes / size,
+    }
+
+
+def main() -> None:
+    """Compiles everything for every chip, prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--chip", choices=CHIPS, action="append", help="only this one (repeatable)")
+    parser.add_argument("--out", type=pathlib.Path, help="where to write the figures, as JSON")
+    args = parser.parse_args()
+    rows: list[dict] = []
+    columns = ["chip", "dtype", "step", "returned", "bytes a parameter", "temporaries", "copies"]
+    columns += ["kernels", "bytes in place"]
+    print("|", " | ".join(columns), "|")
+    print("|---" * len(columns) + "|")
+    for chip in args.chip or CHIPS:
+        for dtype in (jnp.float32, jnp.bfloat16):
+            for name in STEPS:
+                for order in ORDERS:
+                    compiled = compile_step(chip, name, order, dtype)
+                    row = {"chip": chip, "dtype": jnp.dtype(dtype).name, "step": name}
+                    row |= {"returned": order} | figures(compiled, math.prod(SHAPE))
+                    rows.append(row)
+                    cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
+                    print("|", " | ".join(cells), "|", flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
