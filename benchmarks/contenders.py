@@ -85,6 +85,12 @@ def jax_contenders():
     def init_by_hand(params):
         return jax.tree.map(jnp.copy, params), jax.tree.map(jnp.zeros_like, params)
 
+    @functools.partial(jax.jit, donate_argnums=0)
+    def copy(params, state, grads):
+        """Not a step: what the memory can do. Reads one array and writes another."""
+        del params
+        return jax.tree.map(jnp.copy, grads), state
+
     arguments = (LEARNING_RATE, MOMENTUM, LAMDA)
     make, make_fused = optax_dcasgd.dcasgd, optax_dcasgd.fused_dcasgd
     steps = {
@@ -95,7 +101,13 @@ def jax_contenders():
         "fused_dcasgd()": fused(make_fused(*arguments)),
         "fused_dcasgd(), state first": fused(make_fused(*arguments), state_first=True),
         "JAX by hand": (init_by_hand, by_hand),
+        "copy of the gradients": (lambda params: None, copy),
     }
+    device = jax.devices()[0]
+    if device.platform != "cpu":  # where there is a kernel
+        for name, settings in (("", {}), ("store='updates', ", {"store": "updates"})):
+            optimizer = make_fused(*arguments, **settings, implementation="pallas")
+            steps[f"fused_dcasgd({name}implementation='pallas')"] = fused(optimizer)
 
     def start(shapes, contender):
         init, step = steps[contender]
@@ -113,7 +125,6 @@ def jax_contenders():
 
         return run
 
-    device = jax.devices()[0]
     return list(steps), start, f"JAX {jax.__version__}, Optax {optax.__version__}, {device}"
 
 

@@ -10,11 +10,14 @@ are those that it declares (each array it reads or writes, once), and the rest i
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import pathlib
 import re
+import sys
+from importlib.metadata import version
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for the TPU this machine has not
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -31,6 +34,7 @@ import optax_dcasgd
 
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SHAPE = (4096, 4096)
+DTYPES = ("float32", "bfloat16")
 RULE = {"learning_rate": 0.1, "momentum": 0.9, "lamda": 0.04}
 
 
@@ -138,24 +142,45 @@ def main() -> None:
     parser.add_argument("--chip", choices=CHIPS, action="append", help="only this one (repeatable)")
     parser.add_argument("--out", type=pathlib.Path, help="where to write the figures, as JSON")
     args = parser.parse_args()
-    rows: list[dict] = []
-    columns = ["chip", "dtype", "step", "returned", "bytes a parameter", "temporaries", "copies"]
-    columns += ["kernels", "bytes in place"]
-    print("|", " | ".join(columns), "|")
-    print("|---" * len(columns) + "|")
-    for chip in args.chip or CHIPS:
-        for dtype in (jnp.float32, jnp.bfloat16):
-            for name in STEPS:
-                for order in ORDERS:
-                    compiled = compile_step(chip, name, order, dtype)
-                    row = {"chip": chip, "dtype": jnp.dtype(dtype).name, "step": name}
-                    row |= {"returned": order} | figures(compiled, math.prod(SHAPE))
-                    rows.append(row)
-                    cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
-                    print("|", " | ".join(cells), "|", flush=True)
+    rows = []
+    turns = list(itertools.product(args.chip or CHIPS, DTYPES, STEPS, ORDERS))
+    for done, (chip, dtype, name, order) in enumerate(turns):
+        print(
+            f"\r{done}/{len(turns)} {chip} {dtype} {name}, {order}\033[K", end="", file=sys.stderr
+        )
+        compiled = compile_step(chip, name, order, dtype)
+        row = {"chip": chip, "dtype": dtype, "step": name, "returned": order}
+        rows.append(row | figures(compiled, math.prod(SHAPE)))
+    print(file=sys.stderr)
+    result = {"software": f"JAX {jax.__version__}, libtpu {version('libtpu')}", "rows": rows}
+    print(table(result))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(rows, indent=2) + "\n")
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def table(result: dict) -> str:
+    """Bytes a parameter, full-size temporaries and copies, over all chips, as Markdown."""
+    lines = [result["software"] + ", " + ", ".join(sorted({r["chip"] for r in result["rows"]})), ""]
+    cells = [f"{order}: {dtype}" for order in ORDERS for dtype in DTYPES]
+    lines += ["| | " + " | ".join(cells) + " |", "|---" * (1 + len(cells)) + "|"]
+    for name in STEPS:
+        cells = []
+        for order, dtype in itertools.product(ORDERS, DTYPES):
+            key = {"step": name, "returned": order, "dtype": dtype}
+            rows = [r for r in result["rows"] if key.items() <= r.items()]
+            cell = _range(rows, "bytes_per_parameter", ".0f")
+            for what in ("temporaries", "copies"):
+                if max(r[what] for r in rows) >= 0.5:
+                    cell += f", {_range(rows, what, '.0f')} {what}"
+            cells.append(cell)
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _range(rows: list[dict], key: str, spec: str) -> str:
+    low, high = (format(choose(r[key] for r in rows), spec) for choose in (min, max))
+    return low if low == high else f"{low}–{high}"
 
 
 if __name__ == "__main__":

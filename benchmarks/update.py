@@ -35,6 +35,9 @@ BYTES = {
     "fused_dcasgd(), state first": 28,
     "JAX by hand": 28,
     "MXNet DCASGD": 28,
+    "copy of the gradients": 8,
+    "fused_dcasgd(implementation='pallas')": 28,
+    "fused_dcasgd(store='updates', implementation='pallas')": 20,
 }
 
 
@@ -93,13 +96,14 @@ def measure(workers: list[Worker], case: str, rounds: int, steps: int) -> dict[s
 def table(result: dict) -> str:
     """The result as Markdown."""
     lines = [f"{result['machine']}; {'; '.join(result['software'])}; {result['rounds']} rounds", ""]
-    lines += ["| | " + " | ".join(f"{case}, ms | ratio" for case in result["cases"]) + " |"]
-    lines += ["|---" * (1 + 2 * len(result["cases"])) + "|"]
+    lines += ["| | " + " | ".join(f"{case}, ms | ratio | GB/s" for case in result["cases"]) + " |"]
+    lines += ["|---" * (1 + 3 * len(result["cases"])) + "|"]
     for contender in next(iter(result["cases"].values())):
         cells = []
         for figures in result["cases"].values():
             row = figures[contender]
             cells += [f"{row['median_ms']:.2f}", f"{row['median_ratio']:.2f}"]
+            cells += [f"{row['effective_GB_per_s']:.0f}"]
         lines.append(f"| `{contender}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
