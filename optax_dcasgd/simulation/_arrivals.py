@@ -80,7 +80,7 @@ class Arrivals:
           path: The file.
 
         Raises:
-          FileNotFoundError: If there is none.
+          OSError: If there is none (FileNotFoundError), or it cannot be read.
           ValueError: If it is no file of arrivals, is of a newer version, or is damaged.
 
         Examples:
@@ -92,11 +92,9 @@ class Arrivals:
           4
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                entries = {name: file[name] for name in file.files}
-        except FileNotFoundError:
-            raise
-        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            with open(path, "rb") as file:
+                entries = dict(np.load(file, allow_pickle=False))
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no file of arrivals: it is no .npz file.") from error
         if str(entries.get("format")) != _FORMAT:
             raise ValueError(f"{path} is no file of arrivals: its entry 'format' is not {_FORMAT}.")
@@ -225,25 +223,23 @@ def arrivals(
         compute_time = exponential()
     elif not callable(compute_time):
         _arguments.check_scalar("compute_time", compute_time, above=0.0, schedule=False)
-    sample = compute_time
     slowdown = _per_worker("slowdown", slowdown, num_workers, 1.0)
     start = _per_worker("start", start, num_workers, 0.0)
     stop = _per_worker("stop", stop, num_workers, np.inf)
     _check_presence(slowdown, start, stop)
 
-    def compute(key: Any, slowdown: Any, start: Any, stop: Any) -> Any:
-        workers = jnp.arange(num_workers)
-
+    def simulate(key: Any, slowdown: Any, start: Any, stop: Any) -> Any:
         def duration(i: Any, k: Any) -> Any:
-            drawn = (
-                sample(jax.random.fold_in(jax.random.fold_in(key, i), k))
-                if callable(sample)
-                else sample
-            )
+            drawn = compute_time
+            if callable(compute_time):
+                drawn = compute_time(jax.random.fold_in(jax.random.fold_in(key, i), k))
             return jnp.asarray(drawn, float) * slowdown[i]
 
-        durations = jax.vmap(duration, (0, None))
-        first = start + durations(workers, 0)
+        num_rounds = num_updates // num_workers
+        rounds, workers = jnp.arange(max(num_rounds, 1)), jnp.arange(num_workers)
+        durations = jax.vmap(jax.vmap(duration, (0, None)), (None, 0))(workers, rounds)
+
+        first = start + durations[0]
         events = _Workers(
             remaining=jnp.where(first > stop, jnp.inf, first),
             until_start=start,
@@ -254,17 +250,16 @@ def arrivals(
         push = functools.partial(_push, duration)
         _, (worker, staleness, elapsed) = lax.scan(push, events, jnp.arange(num_updates))
 
-        def synchronize(begin: Any, k: Any) -> Any:
-            ready = begin + durations(workers, k)
+        def synchronize(begin: Any, durations: Any) -> Any:
+            ready = begin + durations
             ready = jnp.where((start <= begin) & (ready <= stop), ready, jnp.inf)
-            return jnp.max(ready, where=ready < jnp.inf, initial=begin), ready
+            return jnp.max(ready, where=ready < jnp.inf, initial=0.0), ready
 
-        rounds = jnp.arange(num_updates // num_workers)
-        _, barrier = lax.scan(synchronize, jnp.zeros((), float), rounds)
+        _, barrier = lax.scan(synchronize, jnp.zeros((), float), durations[:num_rounds])
         # Summed here, pairwise: a running sum of small steps would lose them in a long run.
         return worker, staleness, jnp.cumsum(elapsed), barrier
 
-    arrays = jax.jit(compute)(key, slowdown, start, stop)
+    arrays = jax.jit(simulate)(key, slowdown, start, stop)
     return Arrivals(*arrays, num_workers=int(num_workers))
 
 
