@@ -167,7 +167,7 @@ def check_callable(name: str, value: Any, signature: str) -> None:
 def check_key(name: str, value: Any) -> None:
     """Raises TypeError unless ``value`` is one JAX random key, typed or of two uint32."""
     dtype = getattr(value, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         is_key = jnp.shape(value) == ()
     else:
         is_key = dtype == jnp.uint32 and jnp.ndim(value) == 1

@@ -61,16 +61,16 @@ class Arrivals:
         Raises:
           ValueError: If the arrays are no legal arrivals.
         """
-        checked = check(self)
-        arrays = {name: getattr(checked, name) for name in _ARRAYS}
+        entries: dict[str, Any] = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "num_workers": check(self),
+        }
+        for name in _ARRAYS:
+            if getattr(self, name) is not None:
+                entries[name] = np.asarray(getattr(self, name))
         with open(path, "wb") as file:
-            np.savez(
-                file,
-                format=_FORMAT,
-                version=_VERSION,
-                num_workers=checked.num_workers,
-                **{name: np.asarray(x) for name, x in arrays.items() if x is not None},
-            )
+            np.savez(file, **entries)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -108,13 +108,15 @@ class Arrivals:
             )
         arrays = {name: entries.get(name) for name in _ARRAYS}
         try:
-            return check(cls(**arrays, num_workers=int(entries["num_workers"])))
+            arrivals = cls(**arrays, num_workers=int(entries["num_workers"]))
+            check(arrivals)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is a damaged file of arrivals: {error}") from error
+        return arrivals
 
 
-def check(arrivals: Any) -> Any:
-    """Returns arrivals whose ``num_workers`` is known, after checking what is not traced.
+def check(arrivals: Any) -> int:
+    """Checks what is not traced, and returns the number of workers.
 
     Raises:
       TypeError: If it is no `Arrivals`, or an array has the wrong dtype.
@@ -152,7 +154,7 @@ def check(arrivals: Any) -> Any:
         raise ValueError(
             f"arrivals.barrier must have shape {rounds}; got {jnp.shape(arrivals.barrier)}."
         )
-    return dataclasses.replace(arrivals, num_workers=int(num_workers))
+    return int(num_workers)
 
 
 def _check_range(name: str, array: Any, low: int, high: Any) -> None:
@@ -259,8 +261,8 @@ def arrivals(
         # Summed here, pairwise: a running sum of small steps would lose them in a long run.
         return worker, staleness, jnp.cumsum(elapsed), barrier
 
-    arrays = jax.jit(simulate)(key, slowdown, start, stop)
-    return Arrivals(*arrays, num_workers=int(num_workers))
+    worker, staleness, time, barrier = jax.jit(simulate)(key, slowdown, start, stop)
+    return Arrivals(worker, staleness, time, barrier, int(num_workers))
 
 
 @jax.tree_util.register_dataclass

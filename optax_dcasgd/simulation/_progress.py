@@ -45,7 +45,7 @@ class Bar:
         """The carry to start with."""
         return jnp.zeros((), jnp.int32)
 
-    def step(self, t: jax.Array, report_at: jax.Array) -> jax.Array:
+    def step(self, t: jax.Array, report_at: jax.Array) -> Any:
         """To be called in the loop, before update t, with the carry; returns the next carry."""
         return lax.cond(
             t == report_at,

@@ -136,26 +136,24 @@ def run(
             raise ValueError("evaluate_every has no meaning without evaluate.")
     key = jax.random.key(0) if key is None else key
     _arguments.check_key("key", key)
-    arrivals = _arrivals.check(arrivals)
+    num_workers = _arrivals.check(arrivals)
     params = _trees.copy(params)  # arrays of their own dtype, none of them weak
     num_updates = jnp.shape(arrivals.worker)[0]
     _check_batches(batches, num_updates)
     _check_grad_fn(grad_fn, params, batches, key)
     if mode == "sync":
-        num_updates //= arrivals.num_workers
+        num_updates //= num_workers
         if num_updates == 0:
             raise ValueError(
                 f"arrivals has {jnp.shape(arrivals.worker)[0]} pushes, too few for one round of "
-                f"num_workers={arrivals.num_workers}."
+                f"num_workers={num_workers}."
             )
     inputs = (params, None if callable(batches) else batches, arrivals, key)
     num_slots, slots_known = 1, True
     if mode == "async":
         slots_known = not isinstance(arrivals.staleness, jax.core.Tracer)
         num_slots = (
-            _versions.num_slots(np.asarray(arrivals.staleness))
-            if slots_known
-            else arrivals.num_workers
+            _versions.num_slots(np.asarray(arrivals.staleness)) if slots_known else num_workers
         )
     # Outside of jit and vmap a new array is no tracer.
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((inputs, jnp.zeros(()))))
@@ -172,7 +170,7 @@ def run(
                 report_at = bar.step(step.t, report_at)
             stale = params if versions is None else _row(versions, step.read)
             if mode == "sync":
-                loss, grads = _mean_gradient(gradient, stale, step, arrivals.num_workers)
+                loss, grads = _mean_gradient(gradient, stale, step, num_workers)
             else:
                 loss, grads = gradient(stale, step.t)
             updates, state = optimizer.update(
@@ -193,7 +191,7 @@ def run(
             return _Carry(params, state, versions, report_at), loss
 
         optimizer = optax.with_extra_args_support(tx)
-        steps, time, fits = _steps(arrivals, mode, num_slots)
+        steps, time, fits = _steps(arrivals, mode, num_workers, num_slots)
         carry = _Carry(
             params,
             optimizer.init(params),
@@ -214,9 +212,11 @@ def run(
         )
 
     if bar is None:
-        return jax.jit(train)(*inputs)
-    with bar:
-        return jax.block_until_ready(jax.jit(train)(*inputs))
+        result: Result = jax.jit(train)(*inputs)
+    else:
+        with bar:
+            result = jax.block_until_ready(jax.jit(train)(*inputs))
+    return result
 
 
 class _Carry(NamedTuple):
@@ -232,12 +232,14 @@ class _Step(NamedTuple):
     t: jax.Array
     worker: jax.Array
     staleness: jax.Array
-    read: jax.Array | None = None  # slots, as in `_versions.Plan`
-    write: jax.Array | None = None
-    takes_part: jax.Array | None = None  # shape=(M,), bool: of which workers a round is the mean
+    read: Any = None  # slots, as in `_versions.Plan`
+    write: Any = None
+    takes_part: Any = None  # shape=(M,), bool: of which workers a round is the mean
 
 
-def _steps(arrivals: Arrivals, mode: str, num_slots: int) -> tuple[_Step, jax.Array, Any]:
+def _steps(
+    arrivals: Arrivals, mode: str, num_workers: int, num_slots: int
+) -> tuple[_Step, jax.Array, Any]:
     """All steps, when each is done, and whether the slots suffice."""
     worker, staleness = (jnp.asarray(x, jnp.int32) for x in (arrivals.worker, arrivals.staleness))
     arrival = jnp.asarray(arrivals.time, float)
@@ -249,7 +251,7 @@ def _steps(arrivals: Arrivals, mode: str, num_slots: int) -> tuple[_Step, jax.Ar
         # A push was computed since its version was made, or since the start.
         pulled = jnp.concatenate([jnp.zeros(1, arrival.dtype), arrival])[t - staleness]
         return _Step(t, jnp.zeros_like(t), jnp.zeros_like(t)), jnp.cumsum(arrival - pulled), True
-    t = t[: worker.shape[0] // arrivals.num_workers]
+    t = t[: worker.shape[0] // num_workers]
     rounds = _Step(t, jnp.zeros_like(t), jnp.zeros_like(t))
     if arrivals.barrier is None:
         return rounds, jnp.full(t.shape, jnp.nan, arrival.dtype), True
@@ -310,7 +312,7 @@ def _num_finite(loss: jax.Array, params: Any) -> jax.Array:
     return jnp.where(finite.all(), at_the_end, jnp.argmin(finite)).astype(jnp.int32)
 
 
-def _row(tree: Any, index: jax.Array) -> Any:
+def _row(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), tree)
 
 
@@ -339,6 +341,6 @@ def _check_grad_fn(grad_fn: GradFn, params: Any, batches: Any, key: Any) -> None
             f"grad_fn must return (loss, grads), as jax.value_and_grad does; got {returned!r}."
         )
     loss, grads = returned
-    if jnp.shape(loss) != () if hasattr(loss, "shape") else True:
+    if getattr(loss, "shape", None) != ():
         raise TypeError(f"grad_fn must return a scalar loss (no auxiliary output); got {loss!r}.")
     _trees.align("grads", grads, params)
