@@ -139,8 +139,8 @@ def run(
     num_workers = _arrivals.check(arrivals)
     params = _trees.copy(params)  # arrays of their own dtype, none of them weak
     num_updates = jnp.shape(arrivals.worker)[0]
-    _check_batches(batches, num_updates)
-    _check_grad_fn(grad_fn, params, batches, key)
+    check_batches(batches, num_updates)
+    check_grad_fn(grad_fn, params, batches, key)
     if mode == "sync":
         num_updates //= num_workers
         if num_updates == 0:
@@ -161,14 +161,14 @@ def run(
 
     def train(params: Any, data: Any, arrivals: Arrivals, key: jax.Array) -> Result:
         def gradient(params: Any, t: jax.Array) -> Any:
-            batch = batches(t) if callable(batches) else _row(data, t)
+            batch = batches(t) if callable(batches) else row(data, t)
             return grad_fn(params, batch, jax.random.fold_in(key, t))
 
         def update(carry: _Carry, step: _Step) -> tuple[_Carry, jax.Array]:
             params, state, versions, report_at = carry
             if bar is not None:
                 report_at = bar.step(step.t, report_at)
-            stale = params if versions is None else _row(versions, step.read)
+            stale = params if versions is None else row(versions, step.read)
             if mode == "sync":
                 loss, grads = _mean_gradient(gradient, stale, step, num_workers)
             else:
@@ -312,11 +312,13 @@ def _num_finite(loss: jax.Array, params: Any) -> jax.Array:
     return jnp.where(finite.all(), at_the_end, jnp.argmin(finite)).astype(jnp.int32)
 
 
-def _row(tree: Any, index: Any) -> Any:
+def row(tree: Any, index: Any) -> Any:
+    """One entry of every leaf's leading axis."""
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), tree)
 
 
-def _check_batches(batches: Any, num_batches: int) -> None:
+def check_batches(batches: Any, num_batches: int) -> None:
+    """Checks the leading axes, of batches that are no function."""
     if callable(batches):
         return
     for path, leaf in jax.tree_util.tree_flatten_with_path(batches)[0]:
@@ -328,11 +330,11 @@ def _check_batches(batches: Any, num_batches: int) -> None:
             )
 
 
-def _check_grad_fn(grad_fn: GradFn, params: Any, batches: Any, key: Any) -> None:
+def check_grad_fn(grad_fn: GradFn, params: Any, batches: Any, key: Any) -> None:
     """Calls it on shapes alone, for errors that say more than those out of a scan."""
 
     def first(params: Any, data: Any, key: Any) -> Any:
-        batch = batches(jnp.zeros((), jnp.int32)) if callable(batches) else _row(data, 0)
+        batch = batches(jnp.zeros((), jnp.int32)) if callable(batches) else row(data, 0)
         return grad_fn(params, batch, key)
 
     returned = jax.eval_shape(first, params, None if callable(batches) else batches, key)
