@@ -1,6 +1,6 @@
 """Delay compensation for stale gradients, as Optax gradient transformations."""
 
-from optax_dcasgd import mxnet
+from optax_dcasgd import diagnostics, mxnet, simulation
 from optax_dcasgd._compensation import AddDelayCompensationState, add_delay_compensation
 from optax_dcasgd._dcasgd import DCASGDState, FusedOptimizer, dcasgd, fused_dcasgd
 from optax_dcasgd._delay import DelayGradientsState, delay_gradients
@@ -19,9 +19,11 @@ __all__ = [
     "add_delay_compensation",
     "dcasgd",
     "delay_gradients",
+    "diagnostics",
     "fused_dcasgd",
     "mxnet",
     "scale_by_gap",
     "scale_by_staleness",
+    "simulation",
     "with_master_weights",
 ]

@@ -22,16 +22,18 @@ def check_scalar(
     value: Any,
     *,
     minimum: float = -math.inf,
+    above: float = -math.inf,
     below: float = math.inf,
     optional: bool = False,
     schedule: bool = True,
 ) -> None:
-    """Checks a hyperparameter: a finite real scalar in ``[minimum, below)``, or a schedule.
+    """Checks a hyperparameter: a finite real scalar in the given range, or a schedule.
 
     Args:
       name: The argument's name, for the message.
       value: What the user passed.
       minimum: The smallest legal value.
+      above: All legal values are larger than this.
       below: All legal values are smaller than this.
       optional: Whether ``None`` is legal.
       schedule: Whether a function of the update count is legal.
@@ -55,11 +57,12 @@ def check_scalar(
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {wanted}; got {value!r}.")
     try:
-        legal = math.isfinite(value) and minimum <= value < below
+        legal = math.isfinite(value) and minimum <= value and above < value < below
     except OverflowError:  # an integer that no float can hold
         legal = False
     if not legal:
         bounds = [f"at least {minimum:g}"] if minimum > -math.inf else []
+        bounds += [f"above {above:g}"] if above > -math.inf else []
         bounds += [f"below {below:g}"] if below < math.inf else []
         raise ValueError(f"{name} must be {' and '.join(['finite', *bounds])}; got {value!r}.")
 
@@ -153,3 +156,22 @@ def check_transformation(name: str, value: Any) -> None:
     """Raises TypeError unless ``value`` has the methods of an ``optax.GradientTransformation``."""
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
         raise TypeError(f"{name} must be an optax.GradientTransformation; got {value!r}.")
+
+
+def check_callable(name: str, value: Any, signature: str) -> None:
+    """Raises TypeError unless ``value`` can be called; ``signature`` says how it will be."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function {signature}; got {value!r}.")
+
+
+def check_key(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is one JAX random key, typed or of two uint32."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        is_key = jnp.shape(value) == ()
+    else:
+        is_key = dtype == jnp.uint32 and jnp.ndim(value) == 1
+    if not is_key:
+        raise TypeError(
+            f"{name} must be one JAX random key, like jax.random.key(0); got {value!r}."
+        )

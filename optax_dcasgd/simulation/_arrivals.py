@@ -1,0 +1,336 @@
+"""`Arrivals`: the order in which gradients reach the server; and an event model that makes one."""
+
+import dataclasses
+import functools
+import os
+import zipfile
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_dcasgd import _arguments
+from optax_dcasgd.simulation._compute_time import ComputeTime, exponential
+
+_FORMAT, _VERSION = "optax_dcasgd.Arrivals", 1
+_ARRAYS = ("worker", "staleness", "time", "barrier")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["num_workers"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arrivals:
+    """The order in which the gradients of M workers reach the server.
+
+    Version v of the parameters is what they are after v updates. Push t, the t-th gradient that
+    arrives, was computed at version ``t - staleness[t]`` and makes version ``t + 1``. This is all
+    that decides what is trained; it may come from the event model `arrivals`, from a real run that
+    recorded it, or be written by hand. An `Arrivals` is a pytree, so it may be an argument or a
+    result of functions under ``jax.jit`` and ``jax.vmap``.
+
+    Attributes:
+      worker: shape (num_updates,), int: who pushes, in [0, M).
+      staleness: shape (num_updates,), int: the number of updates that were applied between the
+        pull of the parameters and the push of the gradient computed there.
+      time: shape (num_updates,), float: when the push arrives, in (virtual) seconds.
+      barrier: shape (num_updates // M, M), float, or None: for ``mode="sync"``, when the gradient
+        of worker i for round r is ready, in seconds; inf where the worker takes no part. None for
+        not known.
+      num_workers: M, a Python integer, or None for the largest ``worker`` plus one.
+    """
+
+    worker: Any
+    staleness: Any
+    time: Any
+    barrier: Any = None
+    num_workers: int | None = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file that `load` reads back to the bit, in NumPy's ``.npz`` format.
+
+        Its entries: ``format`` ("optax_dcasgd.Arrivals"), ``version`` (1), ``num_workers``, and the
+        arrays ``worker``, ``staleness``, ``time`` and, where known, ``barrier``.
+
+        Args:
+          path: The file, written as named; an existing one is replaced.
+
+        Raises:
+          ValueError: If the arrays are no legal arrivals.
+        """
+        entries: dict[str, Any] = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "num_workers": check(self),
+        }
+        for name in _ARRAYS:
+            if getattr(self, name) is not None:
+                entries[name] = np.asarray(getattr(self, name))
+        with open(path, "wb") as file:
+            np.savez(file, **entries)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a file that `save` wrote; the arrays are NumPy's.
+
+        Args:
+          path: The file.
+
+        Raises:
+          OSError: If there is none (FileNotFoundError), or it cannot be read.
+          ValueError: If it is no file of arrivals, is of a newer version, or is damaged.
+
+        Examples:
+          >>> import jax, tempfile, pathlib
+          >>> from optax_dcasgd import simulation
+          >>> path = pathlib.Path(tempfile.mkdtemp(), "arrivals.npz")
+          >>> simulation.arrivals(jax.random.key(0), num_workers=4, num_updates=100).save(path)
+          >>> simulation.Arrivals.load(path).num_workers
+          4
+        """
+        try:
+            with open(path, "rb") as file:
+                entries = dict(np.load(file, allow_pickle=False))
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is no file of arrivals: it is no .npz file.") from error
+        if str(entries.get("format")) != _FORMAT:
+            raise ValueError(f"{path} is no file of arrivals: its entry 'format' is not {_FORMAT}.")
+        missing = {"version", "num_workers", *_ARRAYS[:3]} - entries.keys()
+        if missing:
+            raise ValueError(f"{path} is a damaged file of arrivals: {min(missing)} is missing.")
+        if entries["version"] != _VERSION:
+            raise ValueError(
+                f"{path} is a file of arrivals of version {entries['version']}; this release "
+                f"reads version {_VERSION}."
+            )
+        arrays = {name: entries.get(name) for name in _ARRAYS}
+        try:
+            arrivals = cls(**arrays, num_workers=int(entries["num_workers"]))
+            check(arrivals)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged file of arrivals: {error}") from error
+        return arrivals
+
+
+def check(arrivals: Any) -> int:
+    """Checks what is not traced, and returns the number of workers.
+
+    Raises:
+      TypeError: If it is no `Arrivals`, or an array has the wrong dtype.
+      ValueError: If an array has the wrong shape or an illegal value, or the number of workers is
+        neither given nor to be seen.
+    """
+    if not isinstance(arrivals, Arrivals):
+        raise TypeError(f"arrivals must be a simulation.Arrivals; got {arrivals!r}.")
+    shape = jnp.shape(arrivals.worker)
+    if len(shape) != 1 or shape[0] == 0:
+        raise ValueError(f"arrivals.worker must have shape (num_updates,); got {shape}.")
+    for name, kind in [("staleness", jnp.integer), ("worker", jnp.integer), ("time", jnp.floating)]:
+        array = getattr(arrivals, name)
+        if jnp.shape(array) != shape:
+            raise ValueError(
+                f"arrivals.{name} has shape {jnp.shape(array)}, but arrivals.worker has {shape}."
+            )
+        if not jnp.issubdtype(jnp.result_type(array), kind):
+            raise TypeError(
+                f"arrivals.{name} must be of {kind.__name__} dtype; got {jnp.result_type(array)}."
+            )
+    num_workers = arrivals.num_workers
+    if num_workers is not None:
+        _arguments.check_integer("arrivals.num_workers", num_workers, minimum=1)
+    if not isinstance(arrivals.worker, jax.core.Tracer):
+        worker = np.asarray(arrivals.worker)
+        num_workers = int(worker.max()) + 1 if num_workers is None else num_workers
+        _check_range("worker", worker, 0, num_workers - 1)
+    if num_workers is None:
+        raise ValueError("arrivals.num_workers is required where arrivals.worker is traced.")
+    if not isinstance(arrivals.staleness, jax.core.Tracer):
+        _check_range("staleness", np.asarray(arrivals.staleness), 0, np.arange(shape[0]))
+    rounds = (shape[0] // num_workers, num_workers)
+    if arrivals.barrier is not None and jnp.shape(arrivals.barrier) != rounds:
+        raise ValueError(
+            f"arrivals.barrier must have shape {rounds}; got {jnp.shape(arrivals.barrier)}."
+        )
+    return int(num_workers)
+
+
+def _check_range(name: str, array: Any, low: int, high: Any) -> None:
+    wrong = np.flatnonzero((array < low) | (array > high))
+    if wrong.size:
+        t = int(wrong[0])
+        limit = int(np.broadcast_to(high, array.shape)[t])
+        raise ValueError(
+            f"arrivals.{name}[{t}] must be at least {low} and at most {limit}; got {array[t]}."
+        )
+
+
+def arrivals(
+    key: jax.Array,
+    num_workers: int,
+    num_updates: int,
+    *,
+    compute_time: ComputeTime | float | None = None,
+    slowdown: Any = None,
+    start: Any = None,
+    stop: Any = None,
+) -> Arrivals:
+    """Simulates M workers that pull parameters, compute a gradient, push it, and pull again.
+
+    Only computing takes time. The k-th gradient of worker i takes
+    ``slowdown[i] * compute_time(jax.random.fold_in(jax.random.fold_in(key, i), k))`` seconds,
+    k = 0, 1, …, whatever the other workers do. Pushes that arrive at the same moment are applied in
+    the order of the workers' indices.
+
+    Args:
+      key: A JAX random key.
+      num_workers: M.
+      num_updates: How many pushes to simulate.
+      compute_time: `deterministic`, `exponential` (the default, with a mean of one second),
+        `lognormal`; any function of a random key that returns seconds (above zero); or a number,
+        for ``deterministic(number)``.
+      slowdown: What to multiply a worker's compute times by: M numbers above zero, or a mapping
+        from some workers' indices to theirs. By default 1.
+      start: When a worker joins, in seconds, and pulls the parameters of that moment: M numbers, or
+        a mapping. By default 0.
+      stop: When a worker stops, in seconds; what it is computing then is lost. M numbers, or a
+        mapping. By default inf. At least one worker must be there from 0 to inf.
+
+    Returns:
+      The arrivals; arrays of shape (num_updates,), and the barrier times of synchronous training
+      with the same compute times.
+
+    Raises:
+      TypeError: If an argument has no legal type.
+      ValueError: If an argument is out of range, or names a worker there is not.
+
+    Examples:
+      Worker 2 needs three times as long, worker 1 stops after 3.5 seconds:
+
+      >>> import jax
+      >>> from optax_dcasgd import simulation
+      >>> arrivals = simulation.arrivals(
+      ...   jax.random.key(0), 3, 9, compute_time=1.0, slowdown={2: 3.0}, stop={1: 3.5})
+      >>> print(arrivals.worker)
+      [0 1 0 1 0 1 2 0 0]
+      >>> print(arrivals.staleness)
+      [0 1 1 1 1 1 6 2 0]
+    """
+    _arguments.check_key("key", key)
+    _arguments.check_integer("num_workers", num_workers, minimum=1)
+    _arguments.check_integer("num_updates", num_updates, minimum=1)
+    if compute_time is None:
+        compute_time = exponential()
+    elif not callable(compute_time):
+        _arguments.check_scalar("compute_time", compute_time, above=0.0, schedule=False)
+    slowdown = _per_worker("slowdown", slowdown, num_workers, 1.0)
+    start = _per_worker("start", start, num_workers, 0.0)
+    stop = _per_worker("stop", stop, num_workers, np.inf)
+    _check_presence(slowdown, start, stop)
+
+    def simulate(key: Any, slowdown: Any, start: Any, stop: Any) -> Any:
+        def duration(i: Any, k: Any) -> Any:
+            drawn = compute_time
+            if callable(compute_time):
+                drawn = compute_time(jax.random.fold_in(jax.random.fold_in(key, i), k))
+            return jnp.asarray(drawn, float) * slowdown[i]
+
+        num_rounds = num_updates // num_workers
+        rounds, workers = jnp.arange(max(num_rounds, 1)), jnp.arange(num_workers)
+        durations = jax.vmap(jax.vmap(duration, (0, None)), (None, 0))(workers, rounds)
+
+        first = start + durations[0]
+        events = _Workers(
+            remaining=jnp.where(first > stop, jnp.inf, first),
+            until_start=start,
+            until_stop=stop,
+            num_pushes=jnp.zeros(num_workers, jnp.int32),
+            pulled=jnp.zeros(num_workers, jnp.int32),
+        )
+        push = functools.partial(_push, duration)
+        _, (worker, staleness, elapsed) = lax.scan(push, events, jnp.arange(num_updates))
+
+        def synchronize(begin: Any, durations: Any) -> Any:
+            ready = begin + durations
+            ready = jnp.where((start <= begin) & (ready <= stop), ready, jnp.inf)
+            return jnp.max(ready, where=ready < jnp.inf, initial=0.0), ready
+
+        _, barrier = lax.scan(synchronize, jnp.zeros((), float), durations[:num_rounds])
+        # Summed here, pairwise: a running sum of small steps would lose them in a long run.
+        return worker, staleness, jnp.cumsum(elapsed), barrier
+
+    worker, staleness, time, barrier = jax.jit(simulate)(key, slowdown, start, stop)
+    return Arrivals(worker, staleness, time, barrier, int(num_workers))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Workers:
+    """What each worker is doing: arrays of shape (M,), times relative to now."""
+
+    remaining: Any  # seconds until it pushes; inf for never
+    until_start: Any
+    until_stop: Any
+    num_pushes: Any
+    pulled: Any  # the version of the parameters that it computes at
+
+
+def _push(duration: Any, events: _Workers, t: Any) -> tuple[_Workers, Any]:
+    """The next event. Times stay relative, so that their rounding does not grow with the run."""
+    worker = jnp.argmin(events.remaining).astype(jnp.int32)
+    elapsed = events.remaining[worker]
+    staleness = t.astype(jnp.int32) - events.pulled[worker]
+    until_start, until_stop = events.until_start - elapsed, events.until_stop - elapsed
+    is_worker = jnp.arange(events.remaining.size) == worker
+    num_pushes = events.num_pushes + is_worker
+    next_push = duration(worker, num_pushes[worker])
+    next_push = jnp.where(next_push > until_stop, jnp.inf, next_push)
+    # Whoever joins at this moment or later will pull what this push makes, or something newer.
+    pulls = is_worker | (until_start >= 0)
+    return _Workers(
+        remaining=jnp.where(is_worker, next_push, events.remaining - elapsed),
+        until_start=until_start,
+        until_stop=until_stop,
+        num_pushes=num_pushes,
+        pulled=jnp.where(pulls, t.astype(jnp.int32) + 1, events.pulled),
+    ), (worker, staleness, elapsed)
+
+
+def _per_worker(name: str, value: Any, num_workers: int, default: float) -> Any:
+    """An array of one number a worker; NumPy's unless it is traced."""
+    if value is None:
+        value = {}
+    if isinstance(value, Mapping):
+        result = np.full(num_workers, default)
+        for worker, number in value.items():
+            _arguments.check_integer(f"A worker in {name}", worker, minimum=0)
+            if worker >= num_workers:
+                raise ValueError(f"{name} names worker {worker}, but num_workers={num_workers}.")
+            result[worker] = number
+        return result
+    if not isinstance(value, jax.core.Tracer):
+        value = np.asarray(value)
+    if value.shape != (num_workers,) or value.dtype.kind not in "fiu":
+        raise ValueError(
+            f"{name} must be {num_workers} numbers, one a worker, or a mapping from workers to "
+            f"numbers; got shape {value.shape}, dtype {value.dtype}."
+        )
+    return value.astype(float)
+
+
+def _check_presence(slowdown: Any, start: Any, stop: Any) -> None:
+    """Checks those that are not traced."""
+    if isinstance(slowdown, np.ndarray) and not np.all((slowdown > 0) & (slowdown < np.inf)):
+        raise ValueError(f"slowdown must be finite and above 0; got {slowdown}.")
+    if isinstance(start, np.ndarray) and not np.all((start >= 0) & (start < np.inf)):
+        raise ValueError(f"start must be finite and at least 0; got {start}.")
+    if isinstance(stop, np.ndarray) and np.any(np.isnan(stop)):
+        raise ValueError(f"stop must be no NaN; got {stop}.")
+    known = isinstance(start, np.ndarray) and isinstance(stop, np.ndarray)
+    if known and not np.any((start == 0) & (stop == np.inf)):
+        raise ValueError(
+            "start and stop leave no worker that is there from 0 to inf, so the run may come to a "
+            "halt: let at least one worker be."
+        )

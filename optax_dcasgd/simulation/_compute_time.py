@@ -1,0 +1,77 @@
+"""How long a worker computes one gradient: distributions for `arrivals`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_dcasgd import _arguments
+
+# A random key in, seconds out (a real scalar above zero), traceable by JAX.
+ComputeTime = Callable[[jax.Array], Any]
+
+
+def deterministic(seconds: float | jax.Array = 1.0) -> ComputeTime:
+    """Every gradient takes the same time.
+
+    Args:
+      seconds: That time, above zero.
+
+    Returns:
+      A ``compute_time`` for `arrivals`.
+
+    Raises:
+      TypeError: If ``seconds`` is no number.
+      ValueError: If it is not above zero.
+
+    Examples:
+      Workers of one speed take turns, and after the first turn every gradient is M − 1 updates old:
+
+      >>> import jax
+      >>> from optax_dcasgd import simulation
+      >>> compute_time = simulation.deterministic(0.5)
+      >>> arrivals = simulation.arrivals(jax.random.key(0), 3, 6, compute_time=compute_time)
+      >>> print(arrivals.worker, arrivals.staleness, arrivals.time)
+      [0 1 2 0 1 2] [0 1 2 2 2 2] [0.5 0.5 0.5 1.  1.  1. ]
+    """
+    _arguments.check_scalar("seconds", seconds, above=0.0, schedule=False)
+    return lambda key: seconds
+
+
+def exponential(mean: float | jax.Array = 1.0) -> ComputeTime:
+    """Exponentially distributed times: without memory, so that the next push is anybody's.
+
+    Args:
+      mean: The mean time in seconds, above zero.
+
+    Returns:
+      A ``compute_time`` for `arrivals`.
+
+    Raises:
+      TypeError: If ``mean`` is no number.
+      ValueError: If it is not above zero.
+    """
+    _arguments.check_scalar("mean", mean, above=0.0, schedule=False)
+    return lambda key: mean * jax.random.exponential(key)
+
+
+def lognormal(mean: float | jax.Array = 1.0, sigma: float | jax.Array = 0.5) -> ComputeTime:
+    r"""Log-normally distributed times :math:`\text{mean}\cdot e^{\sigma z - \sigma^2/2}`.
+
+    Here :math:`z` is standard normal: mostly regular, now and then a straggler.
+
+    Args:
+      mean: The mean time in seconds, above zero.
+      sigma: The standard deviation of the time's logarithm, at least zero.
+
+    Returns:
+      A ``compute_time`` for `arrivals`.
+
+    Raises:
+      TypeError: If an argument is no number.
+      ValueError: If an argument is out of range.
+    """
+    _arguments.check_scalar("mean", mean, above=0.0, schedule=False)
+    _arguments.check_scalar("sigma", sigma, minimum=0.0, schedule=False)
+    return lambda key: mean * jnp.exp(sigma * jax.random.normal(key) - sigma**2 / 2)

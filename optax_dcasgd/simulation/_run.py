@@ -1,0 +1,350 @@
+"""`run`: training in the order of given arrivals, as one compiled loop."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from optax_dcasgd import _arguments, _trees
+from optax_dcasgd.simulation import _arrivals, _versions
+from optax_dcasgd.simulation._arrivals import Arrivals
+from optax_dcasgd.simulation._progress import Bar
+
+GradFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
+
+
+class History(NamedTuple):
+    """What happened in a `run` of U updates, with E evaluations."""
+
+    loss: jax.Array  # shape=(U,): the loss that came with each applied gradient, at its own params
+    time: jax.Array  # shape=(U,): when each update was applied, in (virtual) seconds
+    num_finite: jax.Array  # shape=(), dtype=int32: updates before the first that is not finite
+    evaluation: Any  # what `evaluate` returned, with a new leading axis of size E; or None
+    evaluated: jax.Array | None  # shape=(E,), dtype=int32: updates done before each evaluation
+
+
+class Result(NamedTuple):
+    """What `run` returns."""
+
+    params: Any
+    state: Any  # of the optimizer
+    history: History
+
+
+def run(
+    grad_fn: GradFn,
+    params: optax.Params,
+    tx: optax.GradientTransformation,
+    batches: Any,
+    arrivals: Arrivals,
+    *,
+    mode: str = "async",
+    evaluate: Callable[[Any], Any] | None = None,
+    evaluate_every: int | None = None,
+    key: jax.Array | None = None,
+    progress: bool = False,
+) -> Result:
+    r"""Trains with the gradients in the order in which they arrive.
+
+    With :math:`w_v` for the parameters after v updates and :math:`\tau_t` for the staleness, push t
+    computes :math:`g_t` on batch t at :math:`w_{t-\tau_t}`, and the optimizer applies it at
+    :math:`w_t`:
+
+    ===============  =========================================================================
+    ``mode``         one update
+    ===============  =========================================================================
+    "async"          One push, stale as in ``arrivals``.
+    "sync"           The mean of the gradients of all M workers at the same parameters, worker
+                     i of round r on batch r·M + i, when the slowest is ready. There are
+                     num_updates // M updates; the last num_updates % M batches are left out.
+    "sequential"     One push, never stale: one machine computes the same gradients one after
+                     another, and needs the sum of their times.
+    ===============  =========================================================================
+
+    Args:
+      grad_fn: ``grad_fn(params, batch, key) -> (loss, grads)``, such as
+        ``jax.value_and_grad(loss_fn)`` of a ``loss_fn(params, batch, key)``. The key of batch t is
+        ``jax.random.fold_in(key, t)``.
+      params: The initial parameters, which all workers hold at first.
+      tx: Any Optax optimizer. Its ``update`` gets the extra arguments ``stale_params`` (what the
+        gradient was computed at), ``worker`` and ``staleness`` if it takes any; so
+        `add_delay_compensation` needs no memory of its own here: ``store=None``.
+      batches: A pytree whose leaves have a leading axis of size num_updates: batch t is
+        ``leaf[t]``. Or a function from t (a traced int32 scalar) to batch t, which need not hold
+        all of them: ``lambda t: (x[index[t]], y[index[t]])``.
+      arrivals: From `arrivals`, or `Arrivals` that a real run recorded.
+      mode: "async", "sync" or "sequential", as above.
+      evaluate: ``evaluate(params)``, traceable, returns a pytree of arrays; or None.
+      evaluate_every: Evaluate after every so many updates, and after the last one. By default only
+        after the last one.
+      key: A JAX random key, by default ``jax.random.key(0)``.
+      progress: Whether to show a tqdm bar (if tqdm is installed); without effect inside ``jax.jit``
+        and ``jax.vmap``. The loop is left for it about once a second.
+
+    Returns:
+      The last parameters, the optimizer's last state, and the `History`. A run has been finite to
+      its end if ``history.num_finite`` is the number of its updates; otherwise the loss of update
+      ``num_finite`` is the first that is not finite (or the last parameters are not). In "sync"
+      mode ``history.time`` is NaN if ``arrivals.barrier`` is not known.
+
+      Under ``jax.vmap`` and ``jax.jit`` (over keys, arrivals, learning rates: ``tx`` may be made
+      inside) at most M versions of the parameters are kept. Traced arrivals that need more, by
+      pulling ahead of a push, cannot be replayed there, and give NaN everywhere. Each call compiles
+      anew; wrap it in ``jax.jit`` to train with many keys or hyperparameters.
+
+    Raises:
+      TypeError: If an argument has no legal type, or ``grad_fn`` does not return a pair.
+      ValueError: If an argument is out of range, a batch has no num_updates entries, or the
+        gradient does not fit the parameters (the message names the leaf).
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from optax_dcasgd import add_delay_compensation, simulation
+      >>> grad_fn = jax.value_and_grad(lambda w, x, key: jnp.mean((x @ w - x.sum(-1)) ** 2))
+      >>> batches = jax.random.normal(jax.random.key(0), (200, 32, 3))
+      >>> arrivals = simulation.arrivals(jax.random.key(1), num_workers=4, num_updates=200)
+      >>> tx = optax.chain(add_delay_compensation(0.1, store=None), optax.sgd(0.05))
+      >>> result = simulation.run(grad_fn, jnp.zeros(3), tx, batches, arrivals)
+      >>> print(result.params.round(2), result.history.num_finite)
+      [1. 1. 1.] 200
+
+      Five learning rates in one program:
+
+      >>> def final_loss(learning_rate):
+      ...   tx = optax.sgd(learning_rate)
+      ...   return simulation.run(grad_fn, jnp.zeros(3), tx, batches, arrivals).history.loss[-1]
+      >>> losses = jax.vmap(final_loss)(jnp.array([0.01, 0.05, 0.1, 0.2, 0.4]))
+      >>> print(losses.shape)
+      (5,)
+
+    References:
+      Zheng et al., `Asynchronous Stochastic Gradient Descent with Delay Compensation
+      <https://arxiv.org/abs/1609.08326>`_, 2017: Algorithms 1 and 2.
+    """
+    _arguments.check_callable("grad_fn", grad_fn, "(params, batch, key) -> (loss, grads)")
+    _arguments.check_transformation("tx", tx)
+    _arguments.check_choice("mode", mode, ("async", "sync", "sequential"))
+    if evaluate is not None:
+        _arguments.check_callable("evaluate", evaluate, "of params")
+    if evaluate_every is not None:
+        _arguments.check_integer("evaluate_every", evaluate_every, minimum=1)
+        if evaluate is None:
+            raise ValueError("evaluate_every has no meaning without evaluate.")
+    key = jax.random.key(0) if key is None else key
+    _arguments.check_key("key", key)
+    num_workers = _arrivals.check(arrivals)
+    params = _trees.copy(params)  # arrays of their own dtype, none of them weak
+    num_updates = jnp.shape(arrivals.worker)[0]
+    check_batches(batches, num_updates)
+    check_grad_fn(grad_fn, params, batches, key)
+    if mode == "sync":
+        num_updates //= num_workers
+        if num_updates == 0:
+            raise ValueError(
+                f"arrivals has {jnp.shape(arrivals.worker)[0]} pushes, too few for one round of "
+                f"num_workers={num_workers}."
+            )
+    inputs = (params, None if callable(batches) else batches, arrivals, key)
+    num_slots, slots_known = 1, True
+    if mode == "async":
+        slots_known = not isinstance(arrivals.staleness, jax.core.Tracer)
+        num_slots = (
+            _versions.num_slots(np.asarray(arrivals.staleness, np.int64))
+            if slots_known
+            else num_workers
+        )
+    # Outside of jit and vmap a new array is no tracer.
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((inputs, jnp.zeros(()))))
+    bar = Bar(num_updates) if progress and not traced else None
+
+    def train(params: Any, data: Any, arrivals: Arrivals, key: jax.Array) -> Result:
+        def gradient(params: Any, t: jax.Array) -> Any:
+            batch = batches(t) if callable(batches) else row(data, t)
+            return grad_fn(params, batch, jax.random.fold_in(key, t))
+
+        def update(carry: _Carry, step: _Step) -> tuple[_Carry, jax.Array]:
+            params, state, versions, report_at = carry
+            if bar is not None:
+                report_at = bar.step(step.t, report_at)
+            stale = params if versions is None else row(versions, step.read)
+            if mode == "sync":
+                loss, grads = _mean_gradient(gradient, stale, step, num_workers)
+            else:
+                loss, grads = gradient(stale, step.t)
+            updates, state = optimizer.update(
+                grads,
+                state,
+                params,
+                stale_params=stale,
+                worker=step.worker,
+                staleness=step.staleness,
+            )
+            params = optax.apply_updates(params, updates)
+            if versions is not None:
+                versions = jax.tree.map(
+                    lambda v, p: lax.dynamic_update_index_in_dim(v, p, step.write, 0),
+                    versions,
+                    params,
+                )
+            return _Carry(params, state, versions, report_at), loss
+
+        optimizer = optax.with_extra_args_support(tx)
+        steps, time, fits = _steps(arrivals, mode, num_workers, num_slots)
+        carry = _Carry(
+            params,
+            optimizer.init(params),
+            # With one slot every gradient is fresh. Known while tracing, so that the program is
+            # that of sequential training.
+            None if num_slots == 1 else jax.tree.map(lambda p: jnp.stack([p] * num_slots), params),
+            None if bar is None else bar.first(),
+        )
+        carry, loss, evaluation, evaluated = _scan(update, carry, steps, evaluate, evaluate_every)
+        if not slots_known:
+            loss = jnp.where(fits, loss, jnp.nan)
+            carry = carry._replace(
+                params=jax.tree.map(lambda p: jnp.where(fits, p, jnp.nan), carry.params)
+            )
+        num_finite = _num_finite(loss, carry.params)
+        return Result(
+            carry.params, carry.state, History(loss, time, num_finite, evaluation, evaluated)
+        )
+
+    if bar is None:
+        result: Result = jax.jit(train)(*inputs)
+    else:
+        with bar:
+            result = jax.block_until_ready(jax.jit(train)(*inputs))
+    return result
+
+
+class _Carry(NamedTuple):
+    params: Any
+    state: Any
+    versions: Any  # like params with a leading axis of slots; None where no gradient is stale
+    report_at: Any  # of the progress bar, or None
+
+
+class _Step(NamedTuple):
+    """What is known of one update before training; over all updates, with a leading axis."""
+
+    t: jax.Array
+    worker: jax.Array
+    staleness: jax.Array
+    read: Any = None  # slots, as in `_versions.Plan`
+    write: Any = None
+    takes_part: Any = None  # shape=(M,), bool: of which workers a round is the mean
+
+
+def _steps(
+    arrivals: Arrivals, mode: str, num_workers: int, num_slots: int
+) -> tuple[_Step, jax.Array, Any]:
+    """All steps, when each is done, and whether the slots suffice."""
+    worker, staleness = (jnp.asarray(x, jnp.int32) for x in (arrivals.worker, arrivals.staleness))
+    arrival = jnp.asarray(arrivals.time, float)
+    t = jnp.arange(worker.shape[0], dtype=jnp.int32)
+    if mode == "async":
+        plan = _versions.plan(staleness, num_slots)
+        return _Step(t, worker, staleness, plan.read, plan.write), arrival, plan.fits
+    if mode == "sequential":
+        # A push was computed since its version was made, or since the start.
+        pulled = jnp.concatenate([jnp.zeros(1, arrival.dtype), arrival])[t - staleness]
+        return _Step(t, jnp.zeros_like(t), jnp.zeros_like(t)), jnp.cumsum(arrival - pulled), True
+    t = t[: worker.shape[0] // num_workers]
+    rounds = _Step(t, jnp.zeros_like(t), jnp.zeros_like(t))
+    if arrivals.barrier is None:
+        return rounds, jnp.full(t.shape, jnp.nan, arrival.dtype), True
+    ready = jnp.asarray(arrivals.barrier, float)
+    takes_part = ready < jnp.inf
+    time = jnp.max(ready, axis=1, where=takes_part, initial=0.0)
+    return rounds._replace(takes_part=takes_part), time, True
+
+
+def _mean_gradient(gradient: Any, params: Any, step: _Step, num_workers: int) -> Any:
+    """The mean loss and gradient of a round."""
+    batches = step.t * num_workers + jnp.arange(num_workers, dtype=jnp.int32)
+    of_workers = jax.vmap(gradient, (None, 0))(params, batches)
+
+    def mean(x: jax.Array) -> jax.Array:
+        if step.takes_part is None:
+            return jnp.mean(x, 0)
+        return jnp.mean(x, 0, where=jnp.expand_dims(step.takes_part, range(1, x.ndim)))
+
+    return jax.tree.map(mean, of_workers)
+
+
+def _scan(update: Any, carry: Any, steps: _Step, evaluate: Any, every: int | None) -> Any:
+    """Scans over the steps, in blocks with an evaluation after each.
+
+    Blocks and not a condition in the loop: under vmap that would be evaluated at every step.
+    """
+    if evaluate is None:
+        return (*lax.scan(update, carry, steps), None, None)
+    num_updates = steps.t.shape[0]
+    every = min(num_updates, every or num_updates)
+
+    def block(carry: Any, steps: _Step) -> Any:
+        carry, loss = lax.scan(update, carry, steps)
+        return carry, (loss, evaluate(carry.params))
+
+    whole = num_updates // every * every
+    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, every, *x.shape[1:]), steps)
+    carry, (loss, evaluation) = lax.scan(block, carry, blocks)
+    loss, evaluated = loss.reshape(-1), np.arange(every, whole + 1, every)
+    if whole < num_updates:
+        carry, (last_loss, last) = block(carry, jax.tree.map(lambda x: x[whole:], steps))
+        loss, evaluated = jnp.concatenate([loss, last_loss]), np.append(evaluated, num_updates)
+        evaluation = jax.tree.map(
+            lambda xs, x: jnp.concatenate([xs, jnp.asarray(x)[None]]), evaluation, last
+        )
+    return carry, loss, evaluation, jnp.asarray(evaluated, jnp.int32)
+
+
+def _num_finite(loss: jax.Array, params: Any) -> jax.Array:
+    """The number of updates before the first whose loss is not finite.
+
+    What an update makes of the parameters shows in the losses that follow, all but the last's.
+    """
+    finite = jnp.isfinite(loss)
+    params_finite = jnp.array([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
+    at_the_end = loss.shape[0] - 1 + params_finite.astype(jnp.int32)
+    return jnp.where(finite.all(), at_the_end, jnp.argmin(finite)).astype(jnp.int32)
+
+
+def row(tree: Any, index: Any) -> Any:
+    """One entry of every leaf's leading axis."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), tree)
+
+
+def check_batches(batches: Any, num_batches: int) -> None:
+    """Checks the leading axes, of batches that are no function."""
+    if callable(batches):
+        return
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batches)[0]:
+        shape = jnp.shape(leaf)
+        if shape[:1] != (num_batches,):
+            raise ValueError(
+                f"batches{jax.tree_util.keystr(path)} has shape {shape}, but needs a leading axis "
+                f"of size {num_batches}, one entry a push (or pass a function from t to batch t)."
+            )
+
+
+def check_grad_fn(grad_fn: GradFn, params: Any, batches: Any, key: Any) -> None:
+    """Calls it on shapes alone, for errors that say more than those out of a scan."""
+
+    def first(params: Any, data: Any, key: Any) -> Any:
+        batch = batches(jnp.zeros((), jnp.int32)) if callable(batches) else row(data, 0)
+        return grad_fn(params, batch, key)
+
+    returned = jax.eval_shape(first, params, None if callable(batches) else batches, key)
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise TypeError(
+            f"grad_fn must return (loss, grads), as jax.value_and_grad does; got {returned!r}."
+        )
+    loss, grads = returned
+    if getattr(loss, "shape", None) != ():
+        raise TypeError(f"grad_fn must return a scalar loss (no auxiliary output); got {loss!r}.")
+    _trees.align("grads", grads, params)

@@ -1,0 +1,296 @@
+"""The loop of `simulation.run`: evaluation, versions, replay, non-finite runs, progress, errors."""
+
+import dataclasses
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import simulation_cases as cases
+from simulation_cases import BATCHES, LEARNING_RATE, NUM_UPDATES, PARAMS
+
+import optax_dcasgd
+from optax_dcasgd import simulation
+from optax_dcasgd.simulation import Arrivals, _progress, _versions
+
+TX = optax.chain(
+    optax_dcasgd.add_delay_compensation(2.0, decay=0.95, store=None), optax.sgd(LEARNING_RATE)
+)
+
+
+def run(tx=TX, arrivals=None, grad_fn=cases.grad_fn, params=PARAMS, batches=BATCHES, **options):
+    arrivals = cases.arrivals() if arrivals is None else arrivals
+    batches = batches if callable(batches) else cases.as_jax(batches)
+    return simulation.run(grad_fn, cases.as_jax(params), tx, batches, arrivals, **options)
+
+
+def by_hand(staleness, num_workers=None):
+    staleness = np.asarray(staleness)
+    worker = np.zeros_like(staleness)
+    return Arrivals(worker, staleness, np.arange(1.0, staleness.size + 1), None, num_workers)
+
+
+@pytest.mark.parametrize(("every", "when"), [(15, [15, 30, 40]), (20, [20, 40]), (None, [40])])
+def test_evaluation_after_every_so_many_updates_and_at_the_end(every, when):
+    calls = []
+
+    def evaluate(params):
+        jax.debug.callback(lambda: calls.append(1))
+        return {"params": params, "norm": optax.tree.norm(params)}
+
+    result = run(evaluate=evaluate, evaluate_every=every)
+    jax.effects_barrier()
+    assert len(calls) == len(when)
+    history = result.history
+    np.testing.assert_array_equal(history.evaluated, when)
+    assert history.loss.shape == history.time.shape == (NUM_UPDATES,)
+    assert history.evaluation["norm"].shape == (len(when),)
+    staleness = np.asarray(cases.arrivals().staleness)
+    versions, losses = cases.numpy_run(
+        [[(t, tau)] for t, tau in enumerate(staleness)], lamda=2.0, decay=0.95
+    )
+    for row, update in enumerate(when):
+        at = {k: v[row] for k, v in history.evaluation["params"].items()}
+        cases.assert_close(at, versions[update - 1], 1e-4)
+    np.testing.assert_allclose(history.loss, losses, 1e-4)
+
+
+def test_no_evaluation_in_between_under_vmap():
+    calls = []
+
+    def train(learning_rate):
+        def evaluate(params):
+            jax.debug.callback(lambda x: calls.append(x), params["bias"][0])
+            return ()
+
+        return run(optax.sgd(learning_rate), evaluate=evaluate, evaluate_every=10).params
+
+    jax.vmap(train)(jnp.array([0.1, 0.2]))
+    jax.effects_barrier()
+    assert len(calls) == 2 * NUM_UPDATES // 10
+
+
+def test_a_saved_file_replays_bit_for_bit(tmp_path):
+    arrivals = cases.arrivals()
+    arrivals.save(tmp_path / "arrivals.npz")
+    replayed = run(arrivals=Arrivals.load(tmp_path / "arrivals.npz"))
+    expected = run(arrivals=arrivals)
+    cases.assert_bit_equal(replayed.params, expected.params)
+    cases.assert_bit_equal(replayed.history.loss, expected.history.loss)
+
+
+# A worker that pulls its next parameters before it pushes holds two versions; one that is dropped
+# pulls again, without a push.
+AHEAD = np.minimum(np.arange(NUM_UPDATES), 2)
+AGAIN = np.where(np.arange(NUM_UPDATES) % 7 == 0, 0, np.minimum(np.arange(NUM_UPDATES), 5))
+
+
+@pytest.mark.parametrize(
+    "staleness", [AHEAD, AGAIN, np.arange(NUM_UPDATES)], ids=["ahead", "again", "never"]
+)
+def test_recorded_arrivals_of_any_order(staleness):
+    with jax.enable_x64(True):
+        result = run(arrivals=by_hand(staleness))
+    versions, _ = cases.numpy_run(
+        [[(t, tau)] for t, tau in enumerate(staleness)], lamda=2.0, decay=0.95
+    )
+    cases.assert_close(result.params, versions[-1], 1e-12)
+
+
+def test_traced_arrivals_that_need_more_versions_than_workers_are_not_trained_wrongly():
+    """How many they need is not known while tracing: NaN, and not another run's result."""
+    traced = jax.jit(lambda arrivals: run(arrivals=arrivals))
+    result = traced(by_hand(AHEAD, num_workers=2))
+    assert np.isnan(result.history.loss).all()
+    assert np.isnan(result.params["bias"]).all()
+    assert result.history.num_finite == 0
+    enough = traced(by_hand(AHEAD, num_workers=3))
+    cases.assert_close(enough.params, run(arrivals=by_hand(AHEAD)).params, 1e-5)
+
+
+def test_as_few_versions_as_the_arrivals_need():
+    rng, plan = np.random.default_rng(0), jax.jit(_versions.plan, static_argnums=1)
+    for _ in range(100):
+        staleness = np.array([rng.integers(t + 1) for t in range(8)])
+        version = np.arange(staleness.size) - staleness
+        # Kept while push t writes: what is still to be read, and what it makes.
+        kept = [
+            len({v for v in version[t + 1 :] if v <= t} | {t + 1}) for t in range(staleness.size)
+        ]
+        slots = _versions.num_slots(staleness)
+        assert slots == max(kept)
+        assert plan(staleness, slots).fits
+        if slots > 1:
+            assert not plan(staleness, slots - 1).fits
+    for num_workers in [1, 2, 8]:
+        arrivals = simulation.arrivals(jax.random.key(0), num_workers, 100, compute_time=1.0)
+        assert _versions.num_slots(np.asarray(arrivals.staleness)) == num_workers
+
+
+def test_the_versions_are_updated_in_place():
+    """With a copy of them in the loop, the temporaries would hold all versions twice."""
+    size, num_workers = 100_000, 16
+    arrivals = by_hand(np.minimum(np.arange(64), num_workers - 1), num_workers)
+
+    def train(params, arrivals):
+        def grad_fn(params, batch, key):
+            return jax.value_and_grad(lambda w: jnp.sum((w - batch) ** 2))(params)
+
+        batches = jnp.arange(64.0)
+        return simulation.run(grad_fn, params, TX, batches, arrivals).params
+
+    compiled = jax.jit(train).lower(jnp.ones(size), arrivals).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < 1.5 * num_workers * size * 4
+
+
+def test_a_run_that_is_not_finite_says_since_when():
+    def train(learning_rate):
+        return run(optax.sgd(learning_rate), grad_fn=steep).history
+
+    def steep(params, batch, key):
+        return jax.value_and_grad(lambda p: jnp.sum(p["kernel"] ** 4))(params)
+
+    history = jax.vmap(train)(jnp.array([1e-4, 10.0]))
+    first = int(np.argmin(np.isfinite(history.loss[1])))
+    assert 0 < first < NUM_UPDATES - 1
+    np.testing.assert_array_equal(history.num_finite, [NUM_UPDATES, first])
+
+
+def test_only_the_last_parameters_are_not_finite():
+    grad_fn = lambda p, b, k: (jnp.zeros(()), jax.tree.map(lambda x: x * jnp.nan, p))  # noqa: E731
+    assert run(optax.sgd(0.1), grad_fn=grad_fn).history.num_finite == NUM_UPDATES - 1
+
+
+class FakeTqdm(types.ModuleType):
+    """Stands in for tqdm and keeps what it was told."""
+
+    def __init__(self):
+        super().__init__("tqdm")
+        self.bars = []
+
+    def tqdm(self, total, unit):
+        bar = types.SimpleNamespace(total=total, n=0, updates=[], closed=False)
+
+        def update(n):
+            bar.n += n
+            bar.updates.append(n)
+
+        bar.update, bar.close = update, lambda: setattr(bar, "closed", True)
+        self.bars.append(bar)
+        return bar
+
+
+@pytest.mark.parametrize("interval", [0.0, 1000.0])
+def test_progress(monkeypatch, interval):
+    """One report an interval: at every update if it is zero, and hardly any if it is long."""
+    tqdm = FakeTqdm()
+    monkeypatch.setitem(sys.modules, "tqdm", tqdm)
+    monkeypatch.setattr(_progress, "_INTERVAL", interval)
+    result = run(progress=True)
+    cases.assert_bit_equal(result.params, run().params)
+    (bar,) = tqdm.bars
+    assert bar.closed
+    assert bar.n == bar.total == NUM_UPDATES
+    reports = len(bar.updates)
+    assert reports >= NUM_UPDATES if interval == 0 else reports < 8
+
+    jax.jit(lambda: run(progress=True))()
+    jax.vmap(lambda key: run(progress=True, key=key).params)(jax.random.split(jax.random.key(0)))
+    assert len(tqdm.bars) == 1
+
+
+def test_progress_ends_when_the_run_fails(monkeypatch):
+    tqdm = FakeTqdm()
+    monkeypatch.setitem(sys.modules, "tqdm", tqdm)
+
+    def update(updates, state, params=None, **extra_args):
+        raise RuntimeError("in the optimizer")
+
+    with pytest.raises(RuntimeError, match="in the optimizer"):
+        run(optax.GradientTransformationExtraArgs(lambda params: (), update), progress=True)
+    assert tqdm.bars[0].closed
+    assert tqdm.bars[0].n == 0
+
+
+def test_progress_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match="progress=True needs tqdm"):
+        run(progress=True)
+
+
+def _with(**changes):
+    return dataclasses.replace(by_hand(AHEAD), **changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"mode": "asynchronous"}, ValueError, "mode must be one of 'async', 'sync'"),
+        ({"tx": 0.1}, TypeError, "tx must be an optax.GradientTransformation"),
+        ({"grad_fn": None}, TypeError, "grad_fn must be a function"),
+        ({"grad_fn": lambda p, b, k: p}, TypeError, r"grad_fn must return \(loss, grads\)"),
+        ({"grad_fn": lambda p, b, k: ((0.0, 1), p)}, TypeError, "return a scalar loss"),
+        ({"grad_fn": lambda p, b, k: (p["bias"], p)}, TypeError, "return a scalar loss"),
+        ({"grad_fn": lambda p, b, k: (0.0, {"bias": p["bias"]})}, ValueError, r"grads\['kernel'\]"),
+        (
+            {"grad_fn": lambda p, b, k: (0.0, p | {"bias": jnp.ones(3)})},
+            ValueError,
+            r"grads\['bias'\] has shape \(3,\)",
+        ),
+        ({"batches": {"x": np.ones((39, 2))}}, ValueError, r"batches\['x'\] has shape \(39, 2\)"),
+        ({"batches": {"x": np.ones(())}}, ValueError, r"batches\['x'\] has shape \(\)"),
+        ({"evaluate": 3}, TypeError, "evaluate must be a function"),
+        ({"evaluate_every": 3}, ValueError, "evaluate_every has no meaning without evaluate"),
+        ({"evaluate": len, "evaluate_every": 0}, ValueError, "evaluate_every must be at least 1"),
+        ({"evaluate": len, "evaluate_every": 1.5}, TypeError, "evaluate_every must be a Python"),
+        ({"key": 0}, TypeError, "key must be one JAX random key"),
+        ({"arrivals": (AHEAD, AHEAD)}, TypeError, "arrivals must be a simulation.Arrivals"),
+        ({"arrivals": _with(worker=0)}, ValueError, r"arrivals.worker must have shape"),
+        ({"arrivals": _with(worker=AHEAD - 1)}, ValueError, r"arrivals.worker\[0\] must be at le"),
+        ({"arrivals": _with(worker=AHEAD, num_workers=2)}, ValueError, r"worker\[2\] .* at most 1"),
+        ({"arrivals": _with(staleness=AHEAD + 1)}, ValueError, r"staleness\[0\] .* at most 0"),
+        ({"arrivals": _with(staleness=AHEAD[1:])}, ValueError, r"staleness has shape \(39,\)"),
+        ({"arrivals": _with(staleness=AHEAD * 1.0)}, TypeError, "staleness must be of integer"),
+        ({"arrivals": _with(time=AHEAD)}, TypeError, "time must be of floating dtype"),
+        ({"arrivals": _with(barrier=np.ones((2, 2)))}, ValueError, "barrier must have shape"),
+        ({"arrivals": _with(num_workers=0)}, ValueError, "num_workers must be at least 1"),
+        (
+            {"arrivals": _with(num_workers=41), "mode": "sync"},
+            ValueError,
+            "40 pushes, too few for one round of num_workers=41",
+        ),
+    ],
+)
+def test_wrong_arguments(arguments, error, message):
+    arguments = {
+        "grad_fn": cases.grad_fn,
+        "params": cases.as_jax(PARAMS),
+        "tx": TX,
+        "batches": BATCHES,
+        "arrivals": cases.arrivals(),
+    } | arguments
+    with pytest.raises(error, match=message):
+        simulation.run(**arguments)
+
+
+def test_the_number_of_workers_must_be_known_where_the_arrivals_are_traced():
+    with pytest.raises(ValueError, match=r"arrivals.num_workers is required"):
+        jax.jit(lambda arrivals: run(arrivals=arrivals))(by_hand(AHEAD))
+
+
+def test_versions_are_kept_in_the_dtypes_of_the_parameters():
+    params = {"kernel": jnp.asarray(PARAMS["kernel"], jnp.bfloat16), "bias": np.zeros(2)}
+    result = simulation.run(
+        lambda p, b, k: jax.value_and_grad(cases.loss)(p, b, k),
+        params,
+        TX,
+        cases.as_jax(BATCHES),
+        cases.arrivals(),
+        evaluate=lambda params: 1.0,
+    )
+    assert result.params["kernel"].dtype == jnp.bfloat16
+    assert result.params["bias"].dtype == jnp.float32
