@@ -172,7 +172,7 @@ def table(result: dict) -> str:
             cell = _range(rows, "bytes_per_parameter", ".0f")
             for what in ("temporaries", "copies"):
                 if max(r[what] for r in rows) >= 0.5:
-                    cell += f", {_range(rows, what, '.0f')} {what}"
+                    cell += f"; {what}: {_range(rows, what, '.0f')}"
             cells.append(cell)
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
