@@ -51,6 +51,11 @@ def at_count(hyperparams: Any, count: jax.Array) -> Any:
     return type(hyperparams)(*(h(count) if callable(h) else h for h in hyperparams))
 
 
+def as_dtype(hyperparams: Any, dtype: Any) -> Any:
+    """Casts a NamedTuple of scalars to one real dtype; ``None`` stays."""
+    return type(hyperparams)(*(None if h is None else jnp.asarray(h, dtype) for h in hyperparams))
+
+
 def complement(decay: Any, dtype: Any) -> jax.Array:
     """Returns 1 − decay, exact before it is rounded to a real dtype.
 
@@ -63,9 +68,7 @@ def complement(decay: Any, dtype: Any) -> jax.Array:
 
 def coefficients(hyperparams: Lambda, dtype: Any) -> Coefficients:
     """Casts the hyperparameters of one update to a real dtype, each rounded once."""
-    lamda, decay, eps, clip = (
-        None if value is None else jnp.asarray(value, dtype) for value in hyperparams
-    )
+    lamda, decay, eps, clip = as_dtype(hyperparams, dtype)
     rest = None if decay is None else complement(hyperparams.decay, dtype)
     return Coefficients(lamda, decay, rest, eps, clip)
 
