@@ -54,7 +54,7 @@ class Problem(NamedTuple):
     good: float  # a cell under this counts as stable
     target: float  # training loss
     chance: float  # what a diverged run counts as
-    vmapped: bool = True  # over learning rates; convolutions are faster one by one
+    sample: int = 1500  # of the training set, enough to see when the loss reaches the target
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -131,14 +131,12 @@ def mnist() -> Problem:
 
     def logits(params: Any, x: jax.Array) -> jax.Array:
         for name in ("conv1", "conv2"):
-            x = jax.lax.conv_general_dilated(
-                x,
-                params[name]["kernel"],
-                (2, 2),
-                "SAME",
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-            x = jax.nn.relu(x + params[name]["bias"])
+            # As a matrix product, which is much faster here under vmap over the weights.
+            x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+            size = x.shape[1] - 2
+            taps = [x[:, i : i + size : 2, j : j + size : 2] for i in range(3) for j in range(3)]
+            kernel = params[name]["kernel"].reshape(-1, params[name]["kernel"].shape[-1])
+            x = jax.nn.relu(jnp.concatenate(taps, -1) @ kernel + params[name]["bias"])
         return x.reshape(len(x), -1) @ params["linear"]["kernel"] + params["linear"]["bias"]
 
     return Problem(
@@ -154,7 +152,6 @@ def mnist() -> Problem:
         good=0.08,
         target=0.1,
         chance=0.9,
-        vmapped=False,
     )
 
 
@@ -214,13 +211,14 @@ def chars() -> Problem:
         loss,
         (train[:, :-1], train[:, 1:]),
         (test[:, :-1], test[:, 1:]),
-        {"momentum": [0.01, 0.03, 0.1, 0.3], "adam": [0.001, 0.003, 0.01, 0.03]},
+        {"momentum": [0.01, 0.03, 0.1], "adam": [0.001, 0.003, 0.01]},
         workers=[8, 32],
-        pushes=1500,
+        pushes=1000,
         batch=16,
         good=2.4,
         target=2.3,
         chance=float(np.log(len(symbols))),
+        sample=256,
     )
 
 
@@ -328,8 +326,7 @@ def arrivals(seed: int, num_workers: int, pushes: int) -> tuple[np.ndarray, np.n
 def trainer(problem: Problem, method: Callable[[], Any], inner: str, num_backups: int) -> Callable:
     """A compiled (parameters, workers, staleness, batches, learning rates) -> losses, metric."""
     train, test = (tuple(map(jnp.asarray, data)) for data in (problem.train, problem.test))
-    # Of a large training set, a fixed part is enough to see when the loss reaches the target.
-    sample = tuple(x[:1500] for x in train)
+    sample = tuple(x[: problem.sample] for x in train)
 
     def run(params: Any, workers: Any, staleness: Any, batches: Any, learning_rate: Any) -> Any:
         tx = before(method(), INNER[inner](learning_rate))
@@ -362,7 +359,7 @@ def trainer(problem: Problem, method: Callable[[], Any], inner: str, num_backups
 
     def all_rates(params: Any, workers: Any, staleness: Any, batches: Any, rates: Any) -> Any:
         one = functools.partial(run, params, workers, staleness, batches)
-        return jax.vmap(one)(rates) if problem.vmapped else jax.lax.map(one, rates)
+        return jax.vmap(one)(rates)
 
     return jax.jit(all_rates)
 
