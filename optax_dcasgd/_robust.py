@@ -57,8 +57,8 @@ def robust(
     :math:`g_u g_u^\top` kept whole, where Zheng et al. keep only its diagonal, so that it sees the
     components of a unit move together; and it may only shrink a gradient, never reverse or grow it.
     The last factor keeps one outlier from being applied where nobody evaluated it. Both are left
-    out where :math:`w = w_s` throughout a unit: fresh gradients (of age 0 or 1) pass bit for bit, and
-    one worker trains as without.
+    out where :math:`w = w_s` throughout a unit: fresh gradients (of age 0 or 1) pass bit for bit,
+    and one worker trains as without.
 
     Where :math:`w_s` comes from is as for `add_delay_compensation`: ``stale_params``, else the
     backup of ``worker``, else the parameters of the previous call.
