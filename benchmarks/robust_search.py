@@ -300,7 +300,7 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "robust": robust,
     "robust, lamda=0": lambda: robust(lamda=0.0),
     "robust, lamda=2": lambda: robust(lamda=2.0),
-    "robust, lamda=4": lambda: robust(lamda=4.0),
+    "robust, lamda=8": lambda: robust(lamda=8.0),
     "robust, max_norm=None": lambda: robust(max_norm=None),
     "robust, max_norm=1": lambda: robust(max_norm=1.0),
     "robust, power=0": lambda: robust(power=0.0),

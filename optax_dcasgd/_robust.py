@@ -30,7 +30,7 @@ class RobustState(NamedTuple):
 
 
 def robust(
-    lamda: ScalarOrSchedule = 8.0,
+    lamda: ScalarOrSchedule = 4.0,
     *,
     decay: ScalarOrSchedule = 0.95,
     max_norm: ScalarOrSchedule | None = 2.0,
@@ -96,7 +96,7 @@ def robust(
       >>> stale_params = params + jnp.array([[0.2, 0.0], [0.2, 0.0]])  # one has moved since
       >>> grads = jnp.array([[3.0, 3.0], [4.0, 4.0]])
       >>> updates, state = tx.update(grads, state, params, stale_params=stale_params, staleness=1)
-      >>> print(updates)  # and far enough downhill: 1 - 8 · 1.4 / 5 < 0
+      >>> print(updates)  # and far enough downhill: 1 - 4 · 1.4 / 5 < 0
       [[-0. -3.]
        [-0. -4.]]
 

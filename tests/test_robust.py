@@ -37,7 +37,7 @@ WORKERS = np.random.default_rng(1).integers(NUM_WORKERS, size=STEPS).tolist()
 class Robust:
     """The formula of `robust`, one unit after the other, in float64 or complex128."""
 
-    def __init__(self, lamda=8.0, decay=0.95, max_norm=2.0, power=0.25, eps=1e-12):
+    def __init__(self, lamda=4.0, decay=0.95, max_norm=2.0, power=0.25, eps=1e-12):
         self.hyperparams = {"lamda": lamda, "decay": decay, "max_norm": max_norm, "eps": eps}
         self.power, self.count, self.nu = power, 0, {}
         self.shrunk, self.limited, self.zeroed = 0, 0, 0
