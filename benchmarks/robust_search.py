@@ -147,11 +147,12 @@ def mnist() -> Problem:
         (images[4000:], labels[4000:]),
         {"sgd": [0.05, 0.1, 0.2, 0.4, 0.8], "momentum": [0.005, 0.01, 0.02, 0.05, 0.1]},
         workers=[8, 32],
-        pushes=1500,
+        pushes=1000,
         batch=32,
         good=0.08,
         target=0.1,
         chance=0.9,
+        sample=500,
     )
 
 
@@ -300,7 +301,7 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "robust": robust,
     "robust, lamda=0": lambda: robust(lamda=0.0),
     "robust, lamda=2": lambda: robust(lamda=2.0),
-    "robust, lamda=8": lambda: robust(lamda=8.0),
+    "robust, lamda=4": lambda: robust(lamda=4.0),
     "robust, max_norm=None": lambda: robust(max_norm=None),
     "robust, max_norm=1": lambda: robust(max_norm=1.0),
     "robust, power=0": lambda: robust(power=0.0),

@@ -30,7 +30,7 @@ class RobustState(NamedTuple):
 
 
 def robust(
-    lamda: ScalarOrSchedule = 4.0,
+    lamda: ScalarOrSchedule = 8.0,
     *,
     decay: ScalarOrSchedule = 0.95,
     max_norm: ScalarOrSchedule | None = 2.0,
@@ -56,9 +56,11 @@ def robust(
     where :math:`[x]_0^1` limits to the interval. The bracket is DC-ASGD-a with the outer product
     :math:`g_u g_u^\top` kept whole, where Zheng et al. keep only its diagonal, so that it sees the
     components of a unit move together; and it may only shrink a gradient, never reverse or grow it.
-    The last factor keeps one outlier from being applied where nobody evaluated it. Both are left
-    out where :math:`w = w_s` throughout a unit: fresh gradients (of age 0 or 1) pass bit for bit,
-    and one worker trains as without.
+    Where :math:`w = w_s` throughout a unit it is left out. The last factor keeps an outlier from
+    throwing the parameters far from where the gradients on their way were computed. It acts on
+    fresh gradients too; with ``max_norm=None``, a fresh gradient (of age 0 or 1) passes bit for bit
+    and one worker trains as without. As :math:`\nu` starts at zero, the first five or so updates
+    are shortened.
 
     Where :math:`w_s` comes from is as for `add_delay_compensation`: ``stale_params``, else the
     backup of ``worker``, else the parameters of the previous call.
@@ -96,7 +98,7 @@ def robust(
       >>> stale_params = params + jnp.array([[0.2, 0.0], [0.2, 0.0]])  # one has moved since
       >>> grads = jnp.array([[3.0, 3.0], [4.0, 4.0]])
       >>> updates, state = tx.update(grads, state, params, stale_params=stale_params, staleness=1)
-      >>> print(updates)  # and far enough downhill: 1 - 4 · 1.4 / 5 < 0
+      >>> print(updates)  # and far enough downhill: 1 - 8 · 1.4 / 5 < 0
       [[-0. -3.]
        [-0. -4.]]
 
@@ -183,17 +185,17 @@ def _shrink(
     lamda, decay, max_norm, eps = as_dtype(hyperparams, nu.dtype)
     squared = _sum_units(grad.real**2 + grad.imag**2 if jnp.iscomplexobj(grad) else grad**2)
     nu = decay * nu + complement(hyperparams.decay, nu.dtype) * squared
-    if delta is None:
-        return grad, nu
     root = jnp.sqrt(nu + eps)
-    along = _sum_units((grad.conj() * delta).real)
-    # With ε = 0, 0/0 where a unit's gradient was always zero.
-    factor = jnp.where(along == 0, 1, jnp.clip(1 + lamda * along / root, 0, 1))
+    factor = jnp.ones_like(root)
+    if delta is not None:
+        along = _sum_units((grad.conj() * delta).real)
+        moved = jnp.any(delta != 0, axis=tuple(range(delta.ndim - 1))) & (along != 0)
+        # By selection, as 0/0 may stand where it is not used: a gradient that was always zero.
+        factor = jnp.where(moved, jnp.clip(1 + lamda * along / root, 0, 1), 1)
     if max_norm is not None:
         norm, largest = jnp.sqrt(squared), max_norm * root
         factor *= jnp.where(norm > largest, largest / norm, 1)
-    moved = jnp.any(delta != 0, axis=tuple(range(delta.ndim - 1)))
-    return jnp.where(moved, grad * factor, grad), nu
+    return jnp.where(factor == 1, grad, grad * factor), nu
 
 
 def _sum_units(x: jax.Array) -> jax.Array:

@@ -37,7 +37,7 @@ WORKERS = np.random.default_rng(1).integers(NUM_WORKERS, size=STEPS).tolist()
 class Robust:
     """The formula of `robust`, one unit after the other, in float64 or complex128."""
 
-    def __init__(self, lamda=4.0, decay=0.95, max_norm=2.0, power=0.25, eps=1e-12):
+    def __init__(self, lamda=8.0, decay=0.95, max_norm=2.0, power=0.25, eps=1e-12):
         self.hyperparams = {"lamda": lamda, "decay": decay, "max_norm": max_norm, "eps": eps}
         self.power, self.count, self.nu = power, 0, {}
         self.shrunk, self.limited, self.zeroed = 0, 0, 0
@@ -59,10 +59,10 @@ class Robust:
     def unit(self, g, delta, key, lamda, decay, max_norm, eps):
         norm = np.linalg.norm(g)
         self.nu[key] = nu = decay * self.nu.get(key, 0.0) + (1 - decay) * norm**2
-        if not delta.any():
-            return g
         root = np.sqrt(nu + eps)
-        factor = min(max(1 + lamda * np.vdot(g, delta).real / root, 0.0), 1.0)
+        factor = 1.0
+        if delta.any() and g.any():
+            factor = min(max(1 + lamda * np.vdot(g, delta).real / root, 0.0), 1.0)
         self.shrunk += 0 < factor < 1
         self.zeroed += factor == 0
         if max_norm is not None and norm > max_norm * root:
@@ -171,8 +171,8 @@ def bits(tree):
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_fresh_gradients_pass_bit_for_bit(staleness):
-    tx = dc.robust(store=None)
+def test_fresh_gradients_pass_bit_for_bit_without_a_limit(staleness):
+    tx = dc.robust(max_norm=None, store=None)
     update, state = jax.jit(tx.update), tx.init(PARAMS)
     for t in range(20):
         grads = random_tree(t, 10.0**t)  # each is an outlier after the one before
@@ -181,8 +181,20 @@ def test_fresh_gradients_pass_bit_for_bit(staleness):
         assert bits(updates) == bits(grads)
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_fresh_gradients_pass_bit_for_bit_unless_they_are_outliers(staleness):
+    tx = dc.robust(store=None)
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
+    for t in range(30):
+        factor = jnp.where(t == 20, 100.0, 1.0 + 0.1 * (t % 3))
+        grads = jax.tree.map(lambda w, factor=factor: factor * w, PARAMS)
+        updates, state = update(grads, state, PARAMS, stale_params=PARAMS, staleness=staleness)
+        if t >= 6:  # ν has grown
+            assert (bits(updates) == bits(grads)) == (t != 20)
+
+
 def test_one_worker_trains_as_without():
-    tx = optax.chain(dc.robust(num_workers=1), optax.sgd(0.1, momentum=0.9))
+    tx = optax.chain(dc.robust(max_norm=None, num_workers=1), optax.sgd(0.1, momentum=0.9))
     plain = optax.sgd(0.1, momentum=0.9)
     # Op by op: one compiled program may round a + b·c in another way than the next.
     params, state, plain_state = PARAMS, tx.init(PARAMS), plain.init(PARAMS)
@@ -195,7 +207,7 @@ def test_one_worker_trains_as_without():
 
 
 def test_a_unit_that_did_not_move_passes_beside_one_that_did():
-    tx, params = dc.robust(store=None), jnp.ones((2, 2))
+    tx, params = dc.robust(max_norm=None, store=None), jnp.ones((2, 2))
     grads = jnp.array([[3.0, 3.0], [4.0, 4.0]])
     stale = params + jnp.array([[0.0, 2.0], [0.0, 0.0]])
     updates, _ = tx.update(grads, tx.init(params), params, stale_params=stale, staleness=1)
