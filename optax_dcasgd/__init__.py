@@ -5,6 +5,7 @@ from optax_dcasgd._compensation import AddDelayCompensationState, add_delay_comp
 from optax_dcasgd._dcasgd import DCASGDState, FusedOptimizer, dcasgd, fused_dcasgd
 from optax_dcasgd._delay import DelayGradientsState, delay_gradients
 from optax_dcasgd._mixed_precision import MasterWeightsState, with_master_weights
+from optax_dcasgd._robust import RobustState, robust
 from optax_dcasgd._staleness import ScaleByGapState, scale_by_gap, scale_by_staleness
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "DelayGradientsState",
     "FusedOptimizer",
     "MasterWeightsState",
+    "RobustState",
     "ScaleByGapState",
     "add_delay_compensation",
     "dcasgd",
@@ -22,6 +24,7 @@ __all__ = [
     "diagnostics",
     "fused_dcasgd",
     "mxnet",
+    "robust",
     "scale_by_gap",
     "scale_by_staleness",
     "simulation",
