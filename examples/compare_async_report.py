@@ -304,7 +304,9 @@ def plot_error_over_time(groups: Groups, title: str, path: Path) -> None:
         axis.set_xlabel("time, virtual seconds")
     figure.suptitle(title, fontsize="medium")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, handlelength=3.2)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=1 + 2 * columns, handlelength=3
+    )
     figure.savefig(path, dpi=100)
 
 
@@ -323,7 +325,7 @@ def plot_stable_region(groups: Groups, title: str, path: Path) -> None:
     for axis in axes.flat[len(methods) :]:
         axis.remove()
     # Light is good; grey, outside the scale, is where a seed diverged.
-    colors = colormaps["cividis_r"].with_extremes(bad="#bbbbbb")
+    colors = colormaps["viridis_r"].with_extremes(bad="#d9d9d9")
     for axis, method in zip(axes.flat, methods, strict=False):
         values = np.full((len(workers), len(rates)), np.nan)
         for cell in (c for w in workers for c in groups.get((method, w), [])):
