@@ -153,7 +153,9 @@ def run(
     if mode == "async":
         slots_known = not isinstance(arrivals.staleness, jax.core.Tracer)
         num_slots = (
-            _versions.num_slots(np.asarray(arrivals.staleness)) if slots_known else num_workers
+            _versions.num_slots(np.asarray(arrivals.staleness, np.int64))
+            if slots_known
+            else num_workers
         )
     # Outside of jit and vmap a new array is no tracer.
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((inputs, jnp.zeros(()))))

@@ -6,12 +6,11 @@ worker pulls after its own push, that is one slot a worker at most, and fewer wh
 same version; a worker that joins, or one that pulls ahead of its push, needs no case of its own.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 
 class Plan(NamedTuple):
@@ -37,20 +36,16 @@ def plan(staleness: jax.Array, num_slots: int) -> Plan:
     num_updates = staleness.shape[0]
     t = jnp.arange(num_updates, dtype=jnp.int32)
     version = t - staleness
-    last_reader = jnp.full(num_updates + 1, -1, jnp.int32).at[version].max(t)
-
-    def push(carry: Any, x: Any) -> Any:
-        slot_of, free, fits = carry
-        t, version, is_last_reader, has_reader = x
-        read = slot_of[version]
-        free = free.at[read].set(is_last_reader)
-        write = jnp.argmax(free).astype(jnp.int32)
-        fits &= free[write]
-        free = free.at[write].set(~has_reader)
-        return (slot_of.at[t + 1].set(write), free, fits), (read, write)
-
-    slot_of = jnp.zeros(num_updates + 1, jnp.int32)
-    free = jnp.arange(num_slots) > 0
-    xs = (t, version, last_reader[version] == t, last_reader[1:] >= 0)
-    (_, _, fits), (read, write) = lax.scan(push, (slot_of, free, jnp.array(True)), xs)
-    return Plan(read, write, fits)
+    # When a version is dropped, in half pushes: between its last reader's read and write; one that
+    # nobody reads, after the push that made it.
+    unread = 2 * jnp.arange(num_updates + 1, dtype=jnp.int32) - 1
+    dropped = unread.at[version].max(2 * t)
+    # Slots are handed on in the order in which they become free: first those that never held
+    # anything, then from version to version. The first holder of slot i is version i.
+    order = jnp.argsort(dropped).astype(jnp.int32)
+    first = jnp.arange(num_slots, dtype=jnp.int32)
+    holder = jnp.concatenate([first, order])[: num_updates + 1]
+    fits = jnp.all(dropped[holder[num_slots:]] < 2 * t[num_slots - 1 :] + 1)
+    for _ in range(num_updates.bit_length()):  # from the previous holder to the first
+        holder = holder[holder]
+    return Plan(read=holder[version], write=holder[1:], fits=fits)
