@@ -1,4 +1,4 @@
-"""What compare_async.py says about its runs: tables, plots, and a few sentences."""
+"""What compare_async.py says about its runs: tables, and a few sentences."""
 
 import csv
 import dataclasses
@@ -9,21 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # A run with more errors than this has learned nothing: chance is 90 % where there are 10 classes.
 STUCK = 0.8
 # At a constant learning rate the error goes up and down between evaluations: "at the end" is the
 # mean of the last WINDOW of them, in the tables, and the plots show running means of as many.
 WINDOW = 5
-# Of the methods' lines in order. Okabe and Ito's colours, which the colour-blind tell apart;
-# methods of one kind share a colour and differ in style.
-LOOKS = [("#000000", "-"), ("#999999", "-"), ("#D55E00", "-"), ("#E69F00", ":"), ("#E69F00", "--")]
-LOOKS += [("#009E73", "-."), ("#56B4E9", ":"), ("#56B4E9", "--"), ("#0072B2", "-")]
-LOOKS += [("#CC79A7", "-"), ("#CC79A7", "--")]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,14 +40,18 @@ class Cell:
 Groups = dict[tuple[str, int], list[Cell]]  # (method, M) -> the cells of all learning rates
 
 
+def by_momentum(cells: list[Cell]) -> dict[float, Groups]:
+    """Cells that differ in the learning rate alone, together."""
+    result: dict[float, Groups] = {}
+    for cell in cells:
+        groups = result.setdefault(cell.momentum, {})
+        groups.setdefault((cell.method, cell.workers), []).append(cell)
+    return result
+
+
 def final(errors: np.ndarray) -> np.ndarray:
     """Each seed's error at the end: the mean over its last evaluations."""
     return errors[:, -WINDOW:].mean(1)
-
-
-def running_mean(values: np.ndarray) -> np.ndarray:
-    """Of each value and those before it, at most WINDOW in all; NaN stays NaN."""
-    return np.array([values[max(0, i - WINDOW + 1) : i + 1].mean() for i in range(len(values))])
 
 
 def failed(errors: np.ndarray) -> np.ndarray:
@@ -261,104 +256,12 @@ def words(groups: Groups, good: float, target: float) -> str:
         total = next(iter(counts.values()))[1]
         listed = sorted(counts, key=lambda m: -counts[m][0])
         lines.append(
-            f"Of {total} cells (M × learning rate), this many have every seed under "
+            f"Stable region: of {total} cells (M × learning rate), this many have every seed under "
             f"{100 * good:g} % test error: "
             + ", ".join(f"{m} {counts[m][0]}" for m in listed)
             + "."
         )
     return "\n".join(lines)
-
-
-def plot_error_over_time(groups: Groups, title: str, path: Path) -> None:
-    """A panel for each M: mean test error against virtual time, log-log."""
-    workers = sorted({w for _, w in groups if w > 1}) or [1]
-    methods = list(dict.fromkeys(m for m, _ in groups))
-    columns = min(2, len(workers))
-    rows = -(-len(workers) // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows + 1), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axis in axes.flat[len(workers) :]:
-        axis.remove()
-    for axis, w in zip(axes.flat, workers, strict=False):
-        for i, method in enumerate(methods):
-            cells = groups.get((method, 1 if method == "SGD" else w))
-            if cells:
-                cell = choose(cells)
-                axis.plot(
-                    cell.seconds.mean(0),
-                    100 * running_mean(cell.test_error.mean(0)),
-                    color=LOOKS[i % len(LOOKS)][0],
-                    linestyle=LOOKS[i % len(LOOKS)][1],
-                    linewidth=1.6,
-                    label=f"{method} (M=1)" if method == "SGD" else method,
-                )
-        axis.set(xscale="log", yscale="log", ylim=(1, 100), title=f"M = {w}")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        axis.grid(alpha=0.3)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("test error, %")
-    for axis in axes.flat[: len(workers)]:
-        axis.set_xlabel("time, virtual seconds")
-    figure.suptitle(title, fontsize="medium")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=1 + 2 * columns, handlelength=3
-    )
-    figure.savefig(path, dpi=100)
-
-
-def plot_stable_region(groups: Groups, title: str, path: Path) -> None:
-    """A heat map for each method: test error over M × learning rate, one scale for all."""
-    methods = [m for m in dict.fromkeys(m for m, _ in groups) if m != "SGD"]
-    if not methods:
-        return
-    workers = sorted({w for m, w in groups if m != "SGD"})
-    rates = sorted({cell.learning_rate for cells in groups.values() for cell in cells})
-    columns = min(3 if len(methods) > 4 else 2, len(methods))
-    rows = -(-len(methods) // columns)
-    size = (1.5 + max(2.4, 0.5 * len(rates)) * columns, 1.1 + (0.7 + 0.36 * len(workers)) * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axis in axes.flat[len(methods) :]:
-        axis.remove()
-    # Light is good; grey, outside the scale, is where a seed diverged.
-    colors = colormaps["viridis_r"].with_extremes(bad="#d9d9d9")
-    for axis, method in zip(axes.flat, methods, strict=False):
-        values = np.full((len(workers), len(rates)), np.nan)
-        for cell in (c for w in workers for c in groups.get((method, w), [])):
-            row, column = workers.index(cell.workers), rates.index(cell.learning_rate)
-            errors = final(cell.test_error)
-            diverged = int(np.isnan(errors).sum())
-            # No mean over the rest: a cell with a diverged seed has no colour of the scale.
-            values[row, column] = np.nan if diverged else 100 * errors.mean()
-            text = f"×{diverged}" if diverged else f"{100 * errors.mean():.0f}"
-            dark = not diverged and values[row, column] < 15
-            axis.text(
-                column, row, text, ha="center", va="center", fontsize=7,
-                color="black" if dark or diverged else "white",
-            )  # fmt: skip
-        image = axis.imshow(
-            np.ma.masked_invalid(values), cmap=colors, norm=LogNorm(2, 90), aspect="auto"
-        )
-        axis.set_title(method, fontsize="medium")
-        axis.tick_params(labelbottom=axis in axes.flat[max(0, len(methods) - columns) :])
-        axis.set_xticks(range(len(rates)), [f"{r:g}" for r in rates], rotation=90, fontsize=8)
-        axis.set_yticks(range(len(workers)), [str(w) for w in workers], fontsize=8)
-    figure.supxlabel("learning rate", fontsize="medium")
-    figure.supylabel("workers M", fontsize="medium")
-    figure.suptitle(title, fontsize="medium")
-    bar = figure.colorbar(
-        image,
-        ax=list(axes.flat[: len(methods)]),
-        label="mean test error, %",
-        ticks=[2, 5, 10, 20, 50, 90],
-    )
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
-    figure.savefig(path, dpi=100)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -395,13 +298,9 @@ def csv_row(cell: Cell, target: float) -> dict[str, Any]:
 
 
 def report(cells: list[Cell], about: str, good: float, target: float, out: Path) -> str:
-    """Writes tables and plots into ``out``; returns the tables and the sentences."""
+    """Returns the tables and the sentences, and writes them and the CSV files into ``out``."""
     parts = [f"# Asynchronous training compared\n\n{about}"]
-    for momentum in dict.fromkeys(cell.momentum for cell in cells):
-        groups: Groups = {}
-        for cell in cells:
-            if cell.momentum == momentum:
-                groups.setdefault((cell.method, cell.workers), []).append(cell)
+    for momentum, groups in by_momentum(cells).items():
         parts += [
             f"## Momentum {momentum:g}",
             f"Test error at the end (mean of the last {WINDOW} evaluations), %, mean ± standard "
@@ -413,16 +312,6 @@ def report(cells: list[Cell], about: str, good: float, target: float, out: Path)
             target_table(groups, target),
             words(groups, good, target),
         ]
-        plot_error_over_time(
-            groups,
-            f"{about.split(':')[0]}, momentum {momentum:g}, each method at its best learning rate",
-            out / f"error_over_time_momentum_{momentum:g}.png",
-        )
-        plot_stable_region(
-            groups,
-            f"{about.split(':')[0]}, momentum {momentum:g}; ×n: n seeds diverged",
-            out / f"stable_region_momentum_{momentum:g}.png",
-        )
     parts.append(
         "(Helped, hurt: by more than two standard errors of the difference of the means, or in the "
         "number of failed seeds. With so few seeds about one comparison in ten is that far apart "
@@ -430,15 +319,11 @@ def report(cells: list[Cell], about: str, good: float, target: float, out: Path)
     )
     text = "\n\n".join(parts)
     (out / "tables.md").write_text(text + "\n")
-    by_group: dict[tuple, list[Cell]] = {}
-    for cell in cells:
-        by_group.setdefault((cell.momentum, cell.method, cell.workers), []).append(cell)
+    same = [group for groups in by_momentum(cells).values() for group in groups.values()]
     write_csv(out / "grid.csv", [csv_row(cell, target) for cell in cells])
-    write_csv(
-        out / "test_error.csv", [csv_row(choose(group), target) for group in by_group.values()]
-    )
+    write_csv(out / "test_error.csv", [csv_row(choose(group), target) for group in same])
     write_csv(
         out / "pushes_to_target.csv",
-        [csv_row(fastest(group, target), target) for group in by_group.values()],
+        [csv_row(fastest(group, target), target) for group in same],
     )
     return text

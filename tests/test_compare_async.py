@@ -40,6 +40,16 @@ def text(script):
 
 
 @pytest.fixture(scope="module")
+def plots(script):
+    return sys.modules["compare_async_plots"]
+
+
+@pytest.fixture(scope="module")
+def problems(script):
+    return sys.modules["compare_async_problems"]
+
+
+@pytest.fixture(scope="module")
 def user_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     env = dict(os.environ)
@@ -265,8 +275,8 @@ def test_words(script, text):
         "Against ASGD, pushes to a training loss of 0.05, each at its fastest:",
         "- DC-a: helped at M=4 (0.50 times as many); hurt at M=8 (3 of 3 → 2 of 3 seeds reach it); "
         "no clear difference at M=16.",
-        "Of 3 cells (M × learning rate), this many have every seed under 6 % test error: "
-        "DC-a 3, ASGD 1.",
+        "Stable region: of 3 cells (M × learning rate), this many have every seed under 6 % test "
+        "error: DC-a 3, ASGD 1.",
     ]
     assert "no clear difference at every M" in text.words(
         {k: v for k, v in groups.items() if k[1] in (1, 4)}, good=0.06, target=0.05
@@ -299,10 +309,10 @@ def test_no_mean_hides_a_failed_seed(script, text, tmp_path):
     assert rows(tmp_path / "test_error.csv")[0]["test_error_mean"] == ""
 
 
-def test_errors_at_the_end_are_means_of_the_last_evaluations(text):
+def test_errors_at_the_end_are_means_of_the_last_evaluations(text, plots):
     errors = np.array([[9.0, 1, 2, 3, 4, 5], [9, 1, 2, NAN, 4, 5]])
     np.testing.assert_array_equal(text.final(errors), [3, NAN])
-    np.testing.assert_array_equal(text.running_mean(errors[0])[[0, 1, 4, 5]], [9, 5, 3.8, 3])
+    np.testing.assert_array_equal(plots.running_mean(errors[0])[[0, 1, 4, 5]], [9, 5, 3.8, 3])
 
 
 def test_fastest_learning_rate_and_pushes(script, text):
@@ -332,7 +342,7 @@ def parse(script, out, options):
     return script.parse_args([*options, f"--out={out}"])
 
 
-def test_cells_are_plain_simulated_runs(script, trained):
+def test_cells_are_plain_simulated_runs(script, problems, trained):
     """One learning rate and seed of a cell, against `simulation.run` without vmap or room."""
     trainer, cells = trained
     tx = script.METHODS["DC-a-clipped"](0.02, 0.9)
@@ -340,7 +350,7 @@ def test_cells_are_plain_simulated_runs(script, trained):
     images, labels = trainer.data["train"]
     result = script.simulation.run(
         jax.value_and_grad(trainer._loss),
-        nnx.split(script.MLP(nnx.Rngs(1)), nnx.Param)[1],
+        nnx.split(problems.MLP(nnx.Rngs(1)), nnx.Param)[1],
         tx,
         jax.tree.map(lambda x: x[trainer.orders[1]], (images, labels)),
         arrivals,
@@ -365,8 +375,8 @@ def test_synchronous_cells_count_pushes_and_wait(trained):
     )
 
 
-def test_convolution_by_matmul(script):
-    model = script.CNN(nnx.Rngs(0))
+def test_convolution_by_matmul(problems):
+    model = problems.CNN(nnx.Rngs(0))
     images = jax.random.normal(jax.random.key(0), (3, 28, 28, 1))
     graphdef, params = nnx.split(model, nnx.Param)
     for conv in (model.conv1, model.conv2):
@@ -388,11 +398,11 @@ def test_convolution_by_matmul(script):
     )
 
 
-def test_split_shares_no_image(script):
-    parts = script.split(script.PROBLEMS["digits"])
+def test_split_shares_no_image(problems):
+    parts = problems.split(problems.PROBLEMS["digits"])
     assert [len(y) for _, y in parts.values()] == [1077, 360, 360]
     images = np.concatenate([x for x, _ in parts.values()])
-    assert len(np.unique(images, axis=0)) == len(np.unique(script.digits()[0], axis=0))
+    assert len(np.unique(images, axis=0)) == len(np.unique(problems.digits()[0], axis=0))
     for _, y in parts.values():
         assert np.ptp(np.bincount(y) / len(y)) < 0.02
 
