@@ -136,23 +136,23 @@ class Trainer:
         logits = self._logits(params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def _evaluate(self, params: Any) -> dict[str, jax.Array]:
+    def _evaluate(self, params: Any, data: Any) -> dict[str, jax.Array]:
         def error(images: jax.Array, labels: jax.Array) -> jax.Array:
             return jnp.mean(jnp.argmax(self._logits(params, images), axis=-1) != labels)
 
         return {
-            "training_loss": self._loss(params, self.data["train"]),
-            "validation_error": error(*self.data["validation"]),
-            "test_error": error(*self.data["test"]),
+            "training_loss": self._loss(params, data["train"]),
+            "validation_error": error(*data["validation"]),
+            "test_error": error(*data["test"]),
         }
 
     def _program(self, method: str, momentum: float, every: int) -> Callable[..., Any]:
         mode = MODES.get(method, "async")
-        images, labels = self.data["train"]
 
-        def train(lane: Any, of_seed: Any) -> dict[str, jax.Array]:
+        def train(lane: Any, of_seed: Any, data: Any) -> dict[str, jax.Array]:
             learning_rate, seed = lane
             params, order, arrivals = jax.tree.map(lambda x: x[seed], of_seed)
+            images, labels = data["train"]
             history = simulation.run(
                 jax.value_and_grad(self._loss),
                 params,
@@ -160,7 +160,7 @@ class Trainer:
                 lambda t: (images[order[t]], labels[order[t]]),
                 arrivals,
                 mode=mode,
-                evaluate=self._evaluate,
+                evaluate=functools.partial(self._evaluate, data=data),
                 evaluate_every=every,
             ).history
             # From the first loss or parameter on that is not finite, the run counts as diverged.
@@ -169,9 +169,10 @@ class Trainer:
             curves["seconds"] = history.time[history.evaluated - 1]
             return curves | {"updates": history.evaluated}
 
-        def program(lanes: Any, of_seed: Any) -> dict[str, jax.Array]:
+        # The images are an argument: the compiler would try to compute with constants in advance.
+        def program(lanes: Any, of_seed: Any, data: Any) -> dict[str, jax.Array]:
             batch_size = min(len(lanes[0]), self.problem.at_once)
-            train_lane = functools.partial(train, of_seed=of_seed)
+            train_lane = functools.partial(train, of_seed=of_seed, data=data)
             return jax.lax.map(train_lane, lanes, batch_size=batch_size)
 
         return jax.jit(program)
@@ -193,7 +194,8 @@ class Trainer:
             jnp.repeat(jnp.array(learning_rates), seeds),
             jnp.tile(jnp.arange(seeds), num_rates),
         )
-        curves = self.program(method, momentum, every)(lanes, (self.params, self.orders, arrivals))
+        of_seed = (self.params, self.orders, arrivals)
+        curves = self.program(method, momentum, every)(lanes, of_seed, self.data)
         curves = {name: np.asarray(v).reshape(num_rates, seeds, -1) for name, v in curves.items()}
         pushes = curves.pop("updates")[0, 0] * (workers if sync else 1)
         return [

@@ -356,7 +356,7 @@ def test_cells_are_plain_simulated_runs(script, problems, trained):
         arrivals,
     )
     cell = cells["DC-a-clipped"][1]
-    evaluation = trainer._evaluate(result.params)
+    evaluation = trainer._evaluate(result.params, trainer.data)
     np.testing.assert_allclose(cell.training_loss[1, -1], evaluation["training_loss"], rtol=1e-3)
     np.testing.assert_allclose(cell.test_error[1, -1], evaluation["test_error"], atol=0.006)
     np.testing.assert_allclose(cell.seconds[1], arrivals.time[24::25], rtol=1e-6)
