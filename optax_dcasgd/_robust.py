@@ -62,6 +62,11 @@ def robust(
     and one worker trains as without. As :math:`\nu` starts at zero, the first five or so updates
     are shortened.
 
+    What it buys, on the digits of ``benchmarks/robust_search.py`` with 4 to 256 workers: with these
+    defaults 89 of 91 cells (workers × learning rate, without momentum and with 0.9; 8 seeds) end
+    under 5 % test error, where plain asynchronous SGD does in 23 (4 seeds). The price: at learning
+    rates that were safe anyway it is slower, as its steps are shorter.
+
     Where :math:`w_s` comes from is as for `add_delay_compensation`: ``stale_params``, else the
     backup of ``worker``, else the parameters of the previous call.
 
