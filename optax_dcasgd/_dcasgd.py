@@ -82,8 +82,8 @@ def dcasgd(
       accumulator_dtype: The dtype of the momentum and of ν; by default float32 or that of the
         parameter, whichever is wider.
       implementation: ``"xla"``; ``"pallas"`` for one kernel a parameter, on TPUs and on NVIDIA GPUs
-        from Hopper on, for parameters and state of at most 32 bits; or None for the fastest that
-        was measured, which is XLA so far.
+        from Hopper on, for parameters and state of at most 32 bits; or None for XLA, as no
+        kernel has been measured to be faster yet.
 
         On a mesh with Explicit axes the kernel runs on each shard. On one with Auto axes it has to
         be called inside ``jax.shard_map`` over all of them (on GPUs with ``check_vma=False``).
@@ -160,8 +160,9 @@ def fused_dcasgd(
 
     Where parameters and state are donated, every new array is written over an old one, as far as
     the compiler lets it: on TPUs in any order of arguments and results. On CPUs, and by the Pallas
-    kernels, if the train step returns ``(params, state)`` and takes them in that order too; on
-    CPUs with momentum and ``store="params"`` also if it returns ``(state, params)``. (JAX pairs
+    kernels, if the train step returns ``(params, state)`` and takes them in that order too (on
+    CPUs with momentum); on CPUs with momentum, ``store="params"`` and no ``decay`` also if it
+    returns ``(state, params)``. (JAX pairs
     donated arguments with results of the same shape in order. In another order, arrays are copied:
     so wrap ``step`` as in the example, rather than ``jax.jit(optimizer.step)``, whose state comes
     first.)

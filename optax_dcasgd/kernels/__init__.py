@@ -49,8 +49,8 @@ def leaf(
       count: The number of updates so far, int32.
       hyperparams: The numbers of this update.
       step: Whether to compute the new parameter or the update.
-      implementation: ``"pallas"``; or ``"xla"`` or None for XLA, which was measured to be no slower
-        wherever both could be.
+      implementation: ``"pallas"``; or ``"xla"`` or None for XLA, as no kernel has been measured
+        to be faster yet.
 
     Raises:
       NotImplementedError: If it is ``"pallas"``, for dtypes that the kernels do not compute in; or,

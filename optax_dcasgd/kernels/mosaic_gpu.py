@@ -26,6 +26,8 @@ def leaf(
 ) -> Leaf:
     """`reference.leaf` in one kernel; float32, bfloat16 and float16 arrays of any shape.
 
+    What is smaller than one piece, or has 2³¹ numbers or more, is left to XLA whole.
+
     Args:
       operands: As there.
       count: As there.
