@@ -1,5 +1,6 @@
 """`simulation.run` against float64 NumPy, and what it must reduce to."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,7 @@ from simulation_cases import BATCHES, LEARNING_RATE, NUM_UPDATES, NUM_WORKERS, P
 import optax_dcasgd
 from optax_dcasgd import simulation
 
+KEY = jax.random.key(2)
 METHODS = {
     "none": {"lamda": 0.0},
     "c": {"lamda": 2.0},
@@ -207,3 +209,33 @@ def test_batches_may_be_a_function_and_keys_are_those_of_the_batch():
     explicit = trained((data, keys), lambda params, batch, _: noisy(params, *batch))
     cases.assert_close(trained(data, noisy, key=key), explicit, 1e-6)
     assert not np.allclose(trained(data, noisy)["bias"], explicit["bias"])
+
+
+def test_a_push_may_be_on_another_batch_than_its_own_number():
+    """As in a real run, where a slow worker's batch arrives late: batch i is leaf[i % n]."""
+    arrivals, half = cases.arrivals(), NUM_UPDATES // 2
+    batch = np.random.default_rng(3).permutation(2 * NUM_UPDATES)[:NUM_UPDATES]
+    few = jax.tree.map(lambda x: x[:half], cases.as_jax(BATCHES))
+    reordered = jax.tree.map(lambda x: x[batch % half], cases.as_jax(BATCHES))
+
+    recorded = dataclasses.replace(arrivals, batch=batch)
+    tx = optax_dcasgd.dcasgd(LEARNING_RATE, 0.9, store=None)
+    got, want = run(tx, recorded, few), run(tx, arrivals, reordered)
+    np.testing.assert_array_equal(got.history.loss, want.history.loss)
+    jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+    assert not np.array_equal(got.history.loss, run(tx, arrivals).history.loss)
+
+
+def test_a_push_has_the_key_of_its_batch():
+    batch = np.array([7, 0, 3])
+    none = np.zeros(3, int)
+    arrivals = simulation.Arrivals(none, none, np.arange(3.0), batch=batch)
+
+    def grad_fn(params, batch, key):
+        return batch.astype(float) + 0 * params, jax.random.normal(key)
+
+    tx = optax.sgd(1.0)
+    result = simulation.run(grad_fn, jnp.zeros(()), tx, lambda t: t, arrivals, key=KEY)
+    np.testing.assert_array_equal(result.history.loss, batch)
+    want = -sum(jax.random.normal(jax.random.fold_in(KEY, i)) for i in batch)
+    np.testing.assert_allclose(result.params, want, 1e-6)

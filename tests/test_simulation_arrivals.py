@@ -152,17 +152,17 @@ def test_time_does_not_lose_small_steps_in_a_long_run():
 def test_saved_and_loaded(tmp_path, barrier):
     arrivals = simulation.arrivals(KEY, 3, 20, start={2: 3.0})
     if not barrier:
-        arrivals = dataclasses.replace(arrivals, barrier=None)
+        arrivals = dataclasses.replace(arrivals, barrier=None, batch=np.arange(20)[::-1])
     path = tmp_path / "no suffix"
     arrivals.save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["no suffix"]
     loaded = Arrivals.load(str(path))
-    for name in ["worker", "staleness", "time"] + ["barrier"] * barrier:
+    for name in ["worker", "staleness", "time", "barrier" if barrier else "batch"]:
         expected = getattr(arrivals, name)
         np.testing.assert_array_equal(getattr(loaded, name), expected)
         assert getattr(loaded, name).dtype == expected.dtype
     assert loaded.num_workers == 3
-    assert (loaded.barrier is not None) == barrier
+    assert (loaded.barrier is not None) == barrier == (loaded.batch is None)
 
 
 def test_a_wrong_file_is_refused(tmp_path):

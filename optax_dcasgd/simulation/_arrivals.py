@@ -16,7 +16,7 @@ from optax_dcasgd import _arguments
 from optax_dcasgd.simulation._compute_time import ComputeTime, exponential
 
 _FORMAT, _VERSION = "optax_dcasgd.Arrivals", 1
-_ARRAYS = ("worker", "staleness", "time", "barrier")
+_ARRAYS = ("worker", "staleness", "time", "barrier", "batch")
 
 
 @functools.partial(
@@ -40,6 +40,8 @@ class Arrivals:
       barrier: shape (num_updates // M, M), float, or None: for ``mode="sync"``, when the gradient
         of worker i for round r is ready, in seconds; inf where the worker takes no part. None for
         not known.
+      batch: shape (num_updates,), int, or None: on which batch each gradient was computed, where
+        that is not batch t for push t (in a real run the batches of slower workers come later).
       num_workers: M, a Python integer, or None for the largest ``worker`` plus one.
     """
 
@@ -48,12 +50,13 @@ class Arrivals:
     time: Any
     barrier: Any = None
     num_workers: int | None = None
+    batch: Any = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a file that `load` reads back to the bit, in NumPy's ``.npz`` format.
 
         Its entries: ``format`` ("optax_dcasgd.Arrivals"), ``version`` (1), ``num_workers``, and the
-        arrays ``worker``, ``staleness``, ``time`` and, where known, ``barrier``.
+        arrays ``worker``, ``staleness``, ``time`` and, where known, ``barrier`` and ``batch``.
 
         Args:
           path: The file, written as named; an existing one is replaced.
@@ -128,7 +131,10 @@ def check(arrivals: Any) -> int:
     shape = jnp.shape(arrivals.worker)
     if len(shape) != 1 or shape[0] == 0:
         raise ValueError(f"arrivals.worker must have shape (num_updates,); got {shape}.")
-    for name, kind in [("staleness", jnp.integer), ("worker", jnp.integer), ("time", jnp.floating)]:
+    columns = [("staleness", jnp.integer), ("worker", jnp.integer), ("time", jnp.floating)]
+    if arrivals.batch is not None:
+        columns.append(("batch", jnp.integer))
+    for name, kind in columns:
         array = getattr(arrivals, name)
         if jnp.shape(array) != shape:
             raise ValueError(
@@ -149,6 +155,8 @@ def check(arrivals: Any) -> int:
         raise ValueError("arrivals.num_workers is required where arrivals.worker is traced.")
     if not isinstance(arrivals.staleness, jax.core.Tracer):
         _check_range("staleness", np.asarray(arrivals.staleness), 0, np.arange(shape[0]))
+    if arrivals.batch is not None and not isinstance(arrivals.batch, jax.core.Tracer):
+        _check_range("batch", np.asarray(arrivals.batch), 0, np.iinfo(np.int32).max)
     rounds = (shape[0] // num_workers, num_workers)
     if arrivals.barrier is not None and jnp.shape(arrivals.barrier) != rounds:
         raise ValueError(

@@ -75,7 +75,9 @@ def run(
         `add_delay_compensation` needs no memory of its own here: ``store=None``.
       batches: A pytree whose leaves have a leading axis of size num_updates: batch t is
         ``leaf[t]``. Or a function from t (a traced int32 scalar) to batch t, which need not hold
-        all of them: ``lambda t: (x[index[t]], y[index[t]])``.
+        all of them: ``lambda t: (x[index[t]], y[index[t]])``. Where ``arrivals.batch`` is given,
+        push t is computed on batch ``arrivals.batch[t]`` and with its key, and a leading axis of
+        any size n stands for as many batches as it takes: batch i is ``leaf[i % n]``.
       arrivals: From `arrivals`, or `Arrivals` that a real run recorded.
       mode: "async", "sync" or "sequential", as above.
       evaluate: ``evaluate(params)``, traceable, returns a pytree of arrays; or None.
@@ -139,7 +141,7 @@ def run(
     num_workers = _arrivals.check(arrivals)
     params = _trees.copy(params)  # arrays of their own dtype, none of them weak
     num_updates = jnp.shape(arrivals.worker)[0]
-    check_batches(batches, num_updates)
+    check_batches(batches, num_updates if arrivals.batch is None else None)
     check_grad_fn(grad_fn, params, batches, key)
     if mode == "sync":
         num_updates //= num_workers
@@ -163,7 +165,14 @@ def run(
 
     def train(params: Any, data: Any, arrivals: Arrivals, key: jax.Array) -> Result:
         def gradient(params: Any, t: jax.Array) -> Any:
-            batch = batches(t) if callable(batches) else row(data, t)
+            if arrivals.batch is not None:
+                t = jnp.asarray(arrivals.batch, jnp.int32)[t]
+            if callable(batches):
+                batch = batches(t)
+            elif arrivals.batch is not None:
+                batch = jax.tree.map(lambda x: row(x, t % x.shape[0]), data)
+            else:
+                batch = row(data, t)
             return grad_fn(params, batch, jax.random.fold_in(key, t))
 
         def update(carry: _Carry, step: _Step) -> tuple[_Carry, jax.Array]:
@@ -319,16 +328,19 @@ def row(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), tree)
 
 
-def check_batches(batches: Any, num_batches: int) -> None:
-    """Checks the leading axes, of batches that are no function."""
+def check_batches(batches: Any, num_batches: int | None) -> None:
+    """Checks the leading axes, of batches that are no function; None is for any one size."""
     if callable(batches):
         return
     for path, leaf in jax.tree_util.tree_flatten_with_path(batches)[0]:
         shape = jnp.shape(leaf)
-        if shape[:1] != (num_batches,):
+        if num_batches is None and shape[:1] > (0,):
+            num_batches = shape[0]
+        if num_batches is None or shape[:1] != (num_batches,):
+            size = "at least 1" if num_batches is None else f"size {num_batches}"
             raise ValueError(
                 f"batches{jax.tree_util.keystr(path)} has shape {shape}, but needs a leading axis "
-                f"of size {num_batches}, one entry a push (or pass a function from t to batch t)."
+                f"of {size}, one entry a push (or pass a function from t to batch t)."
             )
 
 
