@@ -1,6 +1,6 @@
 """Delay compensation for stale gradients, as Optax gradient transformations."""
 
-from optax_dcasgd import diagnostics, mxnet, simulation
+from optax_dcasgd import diagnostics, mxnet, parameter_server, simulation
 from optax_dcasgd._compensation import AddDelayCompensationState, add_delay_compensation
 from optax_dcasgd._dcasgd import DCASGDState, FusedOptimizer, dcasgd, fused_dcasgd
 from optax_dcasgd._delay import DelayGradientsState, delay_gradients
@@ -24,6 +24,7 @@ __all__ = [
     "diagnostics",
     "fused_dcasgd",
     "mxnet",
+    "parameter_server",
     "robust",
     "scale_by_gap",
     "scale_by_staleness",

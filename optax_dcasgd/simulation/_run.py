@@ -352,6 +352,11 @@ def check_grad_fn(grad_fn: GradFn, params: Any, batches: Any, key: Any) -> None:
         return grad_fn(params, batch, key)
 
     returned = jax.eval_shape(first, params, None if callable(batches) else batches, key)
+    check_returned(returned, params)
+
+
+def check_returned(returned: Any, params: Any) -> None:
+    """Checks what ``grad_fn`` returns, or its shapes."""
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise TypeError(
             f"grad_fn must return (loss, grads), as jax.value_and_grad does; got {returned!r}."

@@ -1,0 +1,96 @@
+"""What is recorded of a run, and what it returns."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from optax_dcasgd.simulation import Arrivals
+
+
+class History(NamedTuple):
+    """What happened in a `train` of U updates: NumPy arrays of shape (U,).
+
+    With ``mode="sync"`` an update has several gradients; then ``worker`` and ``staleness`` are 0,
+    ``batch`` is the first one's, ``loss`` the mean and ``seconds`` the longest.
+    """
+
+    worker: np.ndarray  # dtype=int32: whose gradient it was
+    version: np.ndarray  # dtype=int32: the updates before the parameters it was computed at
+    staleness: np.ndarray  # dtype=int32: the updates between those parameters and this update
+    batch: np.ndarray  # dtype=int32: the number of its batch
+    loss: np.ndarray  # dtype=float64: the loss at those parameters
+    time: np.ndarray  # dtype=float64: when it was applied, in seconds of training
+    seconds: np.ndarray  # dtype=float64: how long the gradient took the worker
+    compensation: np.ndarray  # dtype=float64: ‖compensation‖/‖gradient‖; NaN where not measured
+
+
+DTYPE = np.dtype(
+    [(name, np.int32) for name in History._fields[:4]]
+    + [(name, np.float64) for name in History._fields[4:]]
+)
+
+
+def to_columns(rows: np.ndarray) -> History:
+    """One array a column, of an array of `DTYPE`."""
+    return History(*(np.ascontiguousarray(rows[name]) for name in History._fields))
+
+
+def to_rows(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """The reverse."""
+    rows = np.zeros(columns["worker"].shape, DTYPE)
+    for name in History._fields:
+        rows[name] = columns[name]
+    return rows
+
+
+class Event(NamedTuple):
+    """Something that went wrong, or right again."""
+
+    time: float  # seconds of training
+    kind: str  # "worker lost", "worker back", "refused", "dropped", "server lost", ...
+    worker: int | None  # whom it concerns
+    message: str
+
+
+class Straggler(NamedTuple):
+    """A worker that takes long."""
+
+    worker: int
+    seconds: float  # the median time it takes for a gradient
+    ratio: float  # to the median over the other workers of the same
+
+
+class Result(NamedTuple):
+    """What `train` returns."""
+
+    params: Any
+    state: Any  # of the optimizer
+    history: History
+    arrivals: Arrivals | None  # for ``simulation.run``; None for mode="sync"
+    events: tuple[Event, ...]  # in this call of `train`; also logged
+
+    def stragglers(self, ratio: float = 2.0) -> list[Straggler]:
+        """The workers whose median time for a gradient is ``ratio`` times the others' or more."""
+        worker, seconds = self.history.worker, self.history.seconds
+        # A worker's first gradient includes the time to compile, and is left out if there are more.
+        medians = {
+            int(i): float(np.median(of[1:] if (of := seconds[worker == i]).size > 1 else of))
+            for i in np.unique(worker)
+        }
+        found = []
+        for i, median in medians.items():
+            others = [m for j, m in medians.items() if j != i]
+            if others and median >= ratio * (usual := float(np.median(others))):
+                found.append(Straggler(i, median, median / usual if usual else np.inf))
+        return found
+
+
+def to_arrivals(history: History, num_workers: int) -> Arrivals:
+    """The order of a run, in which ``simulation.run`` trains to the same parameters."""
+    return Arrivals(
+        history.worker,
+        history.staleness,
+        history.time,
+        num_workers=max(num_workers, int(history.worker.max(initial=0)) + 1),
+        batch=history.batch,
+    )

@@ -1,0 +1,385 @@
+"""The server: it owns the parameters and the optimizer's state, and decides what happens next.
+
+It hands each idle worker a batch and the newest parameters with one call, whose answer is the
+gradient: a pull and the next push are one round trip. Ray gives exactly one answer to a call, or
+says that the worker is lost; so a gradient is applied once or not at all, and what a lost worker
+was to compute goes to another. Answers that have come by the time the server looks are applied one
+after another, in the order in which they came, and the parameters are sent out once after all.
+
+Only one thread ever runs here. The driver calls `advance` again and again, and so has the reins
+between two calls: for a checkpoint, for workers that join or leave, to stop.
+"""
+
+import collections
+import dataclasses
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+import ray
+
+from optax_dcasgd.parameter_server import _bound, _history
+from optax_dcasgd.parameter_server._checkpoint import Checkpoints, Snapshot
+from optax_dcasgd.parameter_server._history import Event
+from optax_dcasgd.parameter_server._metrics import Metrics
+from optax_dcasgd.parameter_server._transport import Layout
+from optax_dcasgd.parameter_server._update import Update
+from optax_dcasgd.parameter_server._worker import RESULT, TASK
+
+_ASK_AGAIN = 0.05  # seconds, where there is nothing to wait for
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the server has to know of a run; the arguments of `train`."""
+
+    mode: str
+    num_workers: int
+    num_updates: int
+    max_staleness: int | None
+    on_stale: str
+    checkpoint_dir: str | None
+    checkpoint_every: int
+    compensation_every: int | None
+    max_bad_pushes: int
+    name: str | None
+    signature: list[str]
+
+
+class Status(NamedTuple):
+    """What the driver hears after each `advance`."""
+
+    version: int
+    loss: float
+    staleness: float  # mean over the last updates
+    events: list[Event]  # since the last status
+    num_workers: int  # as last wished
+    retired: list[int]  # workers that have left
+    failure: str | None  # why training cannot go on
+
+
+class _Pull(NamedTuple):
+    """A gradient under way."""
+
+    worker: int
+    batch: int
+    version: int
+    stale_params: Any
+
+
+class _Push(NamedTuple):
+    """A gradient that has come."""
+
+    pull: _Pull
+    loss: float
+    seconds: float
+    grads: list[np.ndarray]
+
+
+class Server:
+    """An actor that owns parameters and optimizer state."""
+
+    def __init__(
+        self,
+        tx: optax.GradientTransformation,
+        params: Any,
+        layouts: tuple[Layout, Layout, Layout],  # of parameters, gradients, gradients as sent
+        options: Options,
+        workers: dict[int, Any],
+    ):
+        self._options = options
+        self._transported = layouts[2]
+        # Up to which staleness workers wait for each other.
+        self._limit = options.max_staleness if options.on_stale == "wait" else None
+        self._workers = dict(workers)
+        self._num_workers = options.num_workers
+        self._idle = collections.deque(sorted(workers))
+        self._pulls: dict[ray.ObjectRef[Any], _Pull] = {}
+        self._waking: dict[ray.ObjectRef[Any], int] = {}
+        self._pushes: list[_Push] = []
+        self._retired: list[int] = []
+        self._published: tuple[int, Any, Any] | None = None  # version, message, stale_params
+        self._version, self._next_batch = 0, 0
+        self._again: collections.deque[int] = collections.deque()
+        self._rows = np.zeros(options.num_updates, _history.DTYPE)
+        self._num_bad, self._time = 0, 0.0
+        self._failure: str | None = None
+        self._reported = 0
+        self._events: list[Event] = []
+        self._metrics = Metrics(options.name)
+        self._update = Update(tx, params, layouts[:2])
+        self._checkpoints = None
+        if options.checkpoint_dir is not None:
+            self._checkpoints = Checkpoints(options.checkpoint_dir)
+            if (version := self._checkpoints.latest()) is not None:
+                self._restore(version)
+        self._started = time.monotonic() - self._time
+
+    # What the driver calls.
+
+    def ready(self) -> int:
+        """Returns, when the server is there, the updates done."""
+        return self._version
+
+    def attach(self, workers: dict[int, Any], num_workers: int) -> None:
+        """Takes these workers on; those with an index of num_workers or more will leave."""
+        self._num_workers = num_workers
+        for index, handle in workers.items():
+            if index not in self._workers:
+                self._idle.append(index)
+            self._workers[index] = handle
+
+    def resize(self, num_workers: int) -> None:
+        """Wishes for so many workers; the driver makes new ones."""
+        self._num_workers = num_workers
+
+    def advance(self, seconds: float) -> Status:
+        """Trains for so long, or until it is done."""
+        end = time.monotonic() + seconds
+        while self._version < self._options.num_updates and self._failure is None:
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            self._send_out()
+            waiting = [*self._pulls, *self._waking]
+            if not waiting:
+                time.sleep(min(left, _ASK_AGAIN))
+                continue
+            ready, rest = ray.wait(waiting, timeout=left)
+            if ready and rest:
+                ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+            for ref in ready:
+                self._receive(ref)
+            self._apply()
+        self._retire()
+        return self._status()
+
+    def save(self) -> int | None:
+        """Writes a checkpoint and waits for it; returns its version, None if there is none."""
+        if self._checkpoints is None:
+            return None
+        self._write()
+        self._checkpoints.wait()
+        return self._version
+
+    def result(self) -> tuple[Any, Any, Any]:
+        """Parameters and optimizer state as host arrays, and the history."""
+        rows = self._rows[: self._version]
+        return self._update.params_to_host(), self._update.state_to_host(), rows
+
+    # Pull.
+
+    def _send_out(self) -> None:
+        """Gives every idle worker that may pull a batch and the newest parameters."""
+        if self._options.mode == "sync" and (self._pulls or self._pushes):
+            return  # until the round is over
+        for _ in range(len(self._idle)):
+            if self._limit is not None and not _bound.may_pull(self._under_way(), self._limit):
+                return
+            index = self._idle.popleft()
+            if index >= self._num_workers:
+                self._idle.append(index)
+                continue
+            self._send(index)
+
+    def _send(self, index: int) -> None:
+        if self._published is None or self._published[0] != self._version:
+            self._published = (self._version, *self._update.publish())
+        _, message, stale_params = self._published
+        batch = self._again.popleft() if self._again else self._next_batch
+        self._next_batch = max(self._next_batch, batch + 1)
+        task = TASK.pack(batch, 0)
+        call = self._workers[index].gradient.remote
+        ref = call(task + message) if isinstance(message, bytes) else call(task, message)
+        self._pulls[ref] = _Pull(index, batch, self._version, stale_params)
+
+    def _under_way(self) -> list[int]:
+        """How stale each gradient is that has not been applied: those here, then those pulled."""
+        pulls = [*(push.pull for push in self._pushes), *self._pulls.values()]
+        return [self._version - pull.version for pull in pulls]
+
+    # Push.
+
+    def _receive(self, ref: ray.ObjectRef[Any]) -> None:
+        if (index := self._waking.pop(ref, None)) is not None:
+            self._receive_worker(index, ref)
+            return
+        pull = self._pulls.pop(ref)
+        try:
+            answer = ray.get(ref)
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            self._again.append(pull.batch)
+            self._lost(pull.worker, error)
+            return
+        if isinstance(answer, str):
+            self._refuse(pull, answer)
+            return
+        header, packed = (answer, answer) if isinstance(answer, bytes) else answer
+        loss, seconds = RESULT.unpack_from(header)
+        grads = self._transported.unpack(packed, RESULT.size)
+        self._pushes.append(_Push(pull, loss, seconds, grads))
+
+    def _lost(self, index: int, error: Exception) -> None:
+        reason = str(error).strip().splitlines()[0]
+        self._event("worker lost", index, f"{type(error).__name__}: {reason}")
+        # Queued by Ray until the worker has been restarted.
+        ref = self._workers[index].ready.options(max_task_retries=-1).remote()
+        self._waking[ref] = index
+
+    def _receive_worker(self, index: int, ref: ray.ObjectRef[Any]) -> None:
+        try:
+            ray.get(ref)
+        except ray.exceptions.ActorDiedError as error:
+            del self._workers[index]
+            self._event("worker gone", index, str(error).strip())
+            if not self._workers:
+                self._failure = f"No worker is left; the last one: {str(error).strip()}"
+        except ray.exceptions.RayError as error:
+            self._lost(index, error)
+        else:
+            self._event("worker back", index, "restarted")
+            self._idle.append(index)
+
+    def _refuse(self, pull: _Pull, reason: str) -> None:
+        self._num_bad += 1
+        self._event("refused", pull.worker, reason)
+        self._idle.append(pull.worker)
+        if self._num_bad > self._options.max_bad_pushes:
+            self._failure = (
+                f"{self._num_bad} gradients were refused, more than "
+                f"max_bad_pushes={self._options.max_bad_pushes}; the last, of worker "
+                f"{pull.worker}: {reason}"
+            )
+
+    # Update.
+
+    def _apply(self) -> None:
+        """Applies what may be applied, in the order in which it came."""
+        if self._options.mode == "sync":
+            if self._pushes and not self._pulls:
+                self._apply_round()
+            return
+        while self._pushes and self._version < self._options.num_updates:
+            i = self._first()
+            if i is None:
+                return
+            push = self._pushes.pop(i)
+            self._idle.append(push.pull.worker)
+            staleness, limit = self._version - push.pull.version, self._options.max_staleness
+            if limit is not None and staleness > limit:
+                self._again.append(push.pull.batch)
+                message = f"staleness {staleness} > max_staleness={limit} (batch {push.pull.batch})"
+                self._event("dropped", push.pull.worker, message)
+                continue
+            self._step(push, push.grads, staleness)
+
+    def _first(self) -> int | None:
+        """Which push is next: the first, or the first that need not wait for others."""
+        if self._limit is None:
+            return 0
+        staleness = self._under_way()
+        for i in range(len(self._pushes)):
+            if _bound.may_apply(staleness, i, self._limit):
+                return i
+        return None
+
+    def _apply_round(self) -> None:
+        """One update with the mean of all workers' gradients."""
+        pushes = sorted(self._pushes, key=lambda push: push.pull.batch)
+        self._pushes = []
+        self._idle.extend(push.pull.worker for push in pushes)
+        whole = _Push(
+            pushes[0].pull._replace(worker=0),
+            float(np.mean([push.loss for push in pushes])),
+            max(push.seconds for push in pushes),
+            [],
+        )
+        self._step(whole, self._update.mean([push.grads for push in pushes]), 0)
+
+    def _step(self, push: _Push, grads: list[Any], staleness: int) -> None:
+        pull, options = push.pull, self._options
+        args = (grads, pull.stale_params, pull.worker, staleness)
+        every, compensation = options.compensation_every, np.nan
+        if every is not None and self._version % every == 0:
+            compensation = self._update.compensation(*args)
+        self._update.apply(*args)
+        now = time.monotonic() - self._started
+        self._rows[self._version] = (
+            *(pull.worker, pull.version, staleness, pull.batch),
+            *(push.loss, now, push.seconds, compensation),
+        )
+        self._version += 1
+        if self._checkpoints is not None and self._version % options.checkpoint_every == 0:
+            self._try_to_write()
+
+    # Checkpoints.
+
+    def _write(self) -> None:
+        assert self._checkpoints is not None
+        if self._checkpoints.latest() == self._version:
+            return
+        # What is under way would be lost with the server.
+        pulls = [*(push.pull for push in self._pushes), *self._pulls.values()]
+        meta = {
+            "signature": self._options.signature,
+            "again": sorted({*self._again, *(pull.batch for pull in pulls)}),
+            "next_batch": self._next_batch,
+            "num_bad": self._num_bad,
+            "time": time.monotonic() - self._started,
+            "history": {name: self._rows.dtype[name].str for name in _history.History._fields},
+        }
+        snapshot = Snapshot(
+            # Copies: the next update writes over the originals.
+            [np.array(leaf) for leaf in self._update.params_to_host()],
+            [np.array(leaf) for leaf in self._update.state_to_host()],
+            _history.to_columns(self._rows[: self._version])._asdict(),
+            meta,
+        )
+        self._checkpoints.save(self._version, snapshot)
+
+    def _try_to_write(self) -> None:
+        try:
+            self._write()
+        except Exception as error:  # a full disk must not end the run
+            self._event("checkpoint failed", None, f"{type(error).__name__}: {error}")
+
+    def _restore(self, version: int) -> None:
+        assert self._checkpoints is not None
+        snapshot = self._checkpoints.load(version, *self._update.like())
+        self._update.restore(snapshot.params, snapshot.state)
+        self._version, meta = version, snapshot.meta
+        if version:
+            self._rows[:version] = _history.to_rows(snapshot.history)
+        self._next_batch, self._num_bad = meta["next_batch"], meta["num_bad"]
+        self._again.extend(meta["again"])
+        self._time = meta["time"]
+        self._started = time.monotonic() - self._time
+        self._event("resumed", None, f"from the checkpoint of {version} updates")
+
+    # Reports.
+
+    def _event(self, kind: str, worker: int | None, message: str) -> None:
+        event = Event(time.monotonic() - self._started, kind, worker, message)
+        self._events.append(event)
+        self._metrics.event(kind)
+
+    def _retire(self) -> None:
+        for index in [i for i in self._idle if i >= self._num_workers]:
+            self._idle.remove(index)
+            del self._workers[index]
+            self._retired.append(index)
+
+    def _status(self) -> Status:
+        new = self._rows[self._reported : self._version]
+        staleness = float(new["staleness"].mean()) if new.size else np.nan
+        loss = float(new["loss"].mean()) if new.size else np.nan
+        self._reported = self._version
+        self._metrics.updates(new)
+        events, self._events = self._events, []
+        retired, self._retired = self._retired, []
+        return Status(
+            self._version, loss, staleness, events, self._num_workers, retired, self._failure
+        )

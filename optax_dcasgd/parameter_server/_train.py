@@ -1,0 +1,398 @@
+"""`train`: the driver, which starts the actors, watches over them and reports."""
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_dcasgd import _arguments, _trees
+from optax_dcasgd.parameter_server import _checkpoint, _history
+from optax_dcasgd.parameter_server._history import Event, Result
+from optax_dcasgd.parameter_server._transport import Layout, from_raw
+from optax_dcasgd.simulation._run import check_batches, check_returned
+
+_NAMESPACE = "optax_dcasgd"
+_REPORT_EVERY = 0.5  # seconds
+_log = logging.getLogger("optax_dcasgd.parameter_server")
+
+
+def train(
+    grad_fn: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]],
+    params: optax.Params,
+    tx: optax.GradientTransformation,
+    batches: Any,
+    *,
+    num_workers: int,
+    num_updates: int,
+    mode: str = "async",
+    max_staleness: int | None = None,
+    on_stale: str = "wait",
+    key: jax.Array | None = None,
+    checkpoint_dir: Any = None,
+    checkpoint_every: int = 1000,
+    resume: bool = True,
+    progress: bool = True,
+    transport_dtype: Any = None,
+    compensation_every: int | None = 100,
+    max_bad_pushes: int = 10,
+    name: str | None = None,
+    address: str | None = None,
+    worker_options: Mapping[str, Any] | None = None,
+    server_options: Mapping[str, Any] | None = None,
+) -> Result:
+    r"""Trains with workers that compute gradients at the same time, on Ray.
+
+    With :math:`w_v` for the parameters after v updates: a worker gets the newest parameters
+    :math:`w_v` and the next batch, and computes :math:`g` there. When its answer is applied, the
+    parameters are :math:`w_t`, and the optimizer's ``update`` gets the extra arguments
+    ``stale_params`` (:math:`w_v`), ``worker`` and ``staleness`` (t − v). With
+    ``optax.chain(add_delay_compensation(lamda, store=None), ...)`` this is DC-ASGD.
+
+    Args:
+      grad_fn: ``grad_fn(params, batch, key) -> (loss, grads)``, such as
+        ``jax.value_and_grad(loss_fn)``; compiled by each worker. The key of batch i is
+        ``jax.random.fold_in(key, i)``.
+      params: The initial parameters, a pytree of arrays.
+      tx: Any Optax optimizer.
+      batches: A function from an int i to batch i, called by the workers (and once by the caller,
+        to check it); or a pytree whose leaves have a leading axis of any size n: batch i is
+        ``leaf[i % n]``. A batch that was lost with a worker, or dropped, goes to another worker.
+      num_workers: M, the number of workers.
+      num_updates: How many gradients to apply, with those before a resumed checkpoint.
+      mode: "async", or "sync": one update with the mean of all workers' gradients at the same
+        parameters.
+      max_staleness: The largest staleness a gradient may be applied with, in updates; None for any.
+        Below M − 1 not all workers can compute at the same time.
+      on_stale: "wait" holds a fast worker until it does no harm to a slower one; "drop" discards
+        and counts a gradient that is too stale.
+      key: A JAX random key, by default ``jax.random.key(0)``.
+      checkpoint_dir: Where to write checkpoints, and to find them; needs Orbax. On a cluster, a
+        directory that all nodes share. None for none; the run then ends if its server dies.
+      checkpoint_every: Write one after every so many updates.
+      resume: Whether to go on from the last checkpoint in ``checkpoint_dir``, if there is one. If
+        False, one there is an error.
+      progress: Whether to show a tqdm bar (if tqdm is installed).
+      transport_dtype: A dtype such as ``jnp.bfloat16`` in which gradients are sent; None for their
+        own. They are rounded to it.
+      compensation_every: Measure ``history.compensation`` at every so many updates, which costs
+        three more evaluations of the optimizer; None for never.
+      max_bad_pushes: How many gradients may be refused before training stops.
+      name: A name for the run, by which `resize` finds it and metrics are tagged.
+      address: Of a running Ray cluster, as in ``ray.init``. Without it, and if Ray is not
+        initialised, Ray is started on this machine, and stopped at the end.
+      worker_options: Options of Ray for each worker's actor, such as ``{"num_gpus": 1}`` or
+        ``{"num_cpus": 4, "resources": {...}}``. By default workers are spread over the nodes.
+      server_options: The same for the server's.
+
+    Returns:
+      The last parameters and the optimizer's last state, as JAX arrays; the `History`, with one
+      column for each thing recorded; the `simulation.Arrivals` with which `simulation.run` trains
+      to the same parameters; and what went wrong on the way.
+
+    Raises:
+      ImportError: If Ray, or Orbax where it is needed, is not installed.
+      TypeError: If an argument has no legal type.
+      ValueError: If an argument is out of range, a gradient does not fit the parameters, or
+        ``checkpoint_dir`` holds another model.
+      OSError: If ``checkpoint_dir`` cannot be written.
+      RuntimeError: If more than ``max_bad_pushes`` gradients were refused (a checkpoint has been
+        written), no worker is left, or the server died and there is no checkpoint to go on from.
+
+    A gradient with the wrong structure, shape or dtype, or one that is not finite, is refused, and
+    so is one whose computation raised: training goes on, and the event says whose it was and which
+    leaf. On an interrupt (Ctrl-C) a checkpoint is written and the actors are stopped.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from optax_dcasgd import add_delay_compensation, parameter_server
+      >>> grad_fn = jax.value_and_grad(lambda w, x, key: jnp.mean((x @ w - x.sum(-1)) ** 2))
+      >>> tx = optax.chain(add_delay_compensation(0.1, store=None), optax.sgd(0.05))
+      >>> batches = jax.random.normal(jax.random.key(0), (200, 32, 3))
+      >>> result = parameter_server.train(
+      ...   grad_fn, jnp.zeros(3), tx, batches, num_workers=2, num_updates=200, progress=False
+      ... )
+      >>> print(result.params.round(2), len(result.history.staleness))
+      [1. 1. 1.] 200
+
+      The same order again, as one compiled loop:
+
+      >>> from optax_dcasgd import simulation
+      >>> replayed = simulation.run(grad_fn, jnp.zeros(3), tx, batches, result.arrivals)
+      >>> print(jnp.abs(replayed.params - result.params).max() < 1e-6)
+      True
+
+    References:
+      Zheng et al., `Asynchronous Stochastic Gradient Descent with Delay Compensation
+      <https://arxiv.org/abs/1609.08326>`_, 2017: Algorithms 1 and 2. Ho et al., `More Effective
+      Distributed ML via a Stale Synchronous Parallel Parameter Server`, 2013: bounded staleness.
+    """
+    _arguments.check_callable("grad_fn", grad_fn, "(params, batch, key) -> (loss, grads)")
+    _arguments.check_transformation("tx", tx)
+    _arguments.check_integer("num_workers", num_workers, minimum=1)
+    _arguments.check_integer("num_updates", num_updates, minimum=1)
+    _arguments.check_choice("mode", mode, ("async", "sync"))
+    _arguments.check_choice("on_stale", on_stale, ("wait", "drop"))
+    if max_staleness is not None:
+        _arguments.check_integer("max_staleness", max_staleness, minimum=0)
+        if mode == "sync":
+            raise ValueError('max_staleness has no meaning with mode="sync": nothing is stale.')
+    _arguments.check_integer("checkpoint_every", checkpoint_every, minimum=1)
+    _arguments.check_integer("max_bad_pushes", max_bad_pushes, minimum=0)
+    if compensation_every is not None:
+        _arguments.check_integer("compensation_every", compensation_every, minimum=1)
+    if transport_dtype is not None:
+        transport_dtype = np.dtype(transport_dtype)
+        if not jnp.issubdtype(transport_dtype, jnp.floating):
+            raise TypeError(
+                f"transport_dtype must be a floating-point dtype; got {transport_dtype}."
+            )
+    key = jax.random.key(0) if key is None else key
+    _arguments.check_key("key", key)
+    params = _trees.copy(params)
+    check_batches(batches, None)
+    if not callable(batches):
+        batches = jax.tree.map(np.asarray, batches)
+    ray = _import_ray()
+    from optax_dcasgd.parameter_server._worker import get_batch
+
+    returned = jax.eval_shape(grad_fn, params, get_batch(batches, 0), key)
+    check_returned(returned, params)
+    of_grads = Layout(returned[1])
+    layouts = Layout(params), of_grads, of_grads.cast(transport_dtype)
+
+    signature = _checkpoint.signature(params=params, state=jax.eval_shape(tx.init, params))
+    if checkpoint_dir is not None:
+        checkpoint_dir = _checkpoint.check(
+            checkpoint_dir, signature, resume=resume, num_updates=num_updates
+        )
+    from optax_dcasgd.parameter_server._server import Options
+
+    options = Options(
+        mode=mode,
+        num_workers=num_workers,
+        num_updates=num_updates,
+        max_staleness=max_staleness,
+        on_stale=on_stale,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every=checkpoint_every,
+        compensation_every=compensation_every,
+        max_bad_pushes=max_bad_pushes,
+        name=name,
+        signature=signature,
+    )
+    started = not ray.is_initialized()
+    if started:
+        with warnings.catch_warnings():
+            # Ray starts programs of its own, which never return to the forked process.
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+            ray.init(**({"include_dashboard": False} if address is None else {"address": address}))
+    elif address is not None:
+        raise ValueError("address has no effect: Ray is initialised already. Leave it out.")
+    try:
+        worker_args = (grad_fn, batches, key, *layouts)
+        with _Driver(worker_args, tx, params, options, worker_options, server_options) as driver:
+            driver.train(progress)
+            return driver.result()
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def resize(name: str, num_workers: int) -> None:
+    """Changes the number of workers of a run under way, from another thread, process or machine.
+
+    New workers take part as soon as they have started. Those that leave finish what they are
+    computing first. The highest indices come last and go first.
+
+    Args:
+      name: The ``name`` that `train` was called with.
+      num_workers: How many workers there shall be.
+
+    Raises:
+      ImportError: If Ray is not installed.
+      TypeError: If num_workers is no Python integer.
+      ValueError: If it is below 1, or there is no such run. Ray must have been initialised, in
+        another process than the run's with the cluster's address: ``ray.init(address="auto")``.
+    """
+    _arguments.check_integer("num_workers", num_workers, minimum=1)
+    ray = _import_ray()
+    try:
+        server = ray.get_actor(name, namespace=_NAMESPACE)
+    except ValueError as error:
+        raise ValueError(f"There is no run of the name {name!r} on this Ray cluster.") from error
+    ray.get(server.resize.remote(num_workers))
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError('parameter_server needs Ray: pip install "optax-dcasgd[ray]".') from error
+    return ray
+
+
+class _Driver:
+    """Owns the actors of one run."""
+
+    def __init__(
+        self,
+        worker_args: tuple[Any, ...],
+        tx: optax.GradientTransformation,
+        params: Any,
+        options: Any,
+        worker_options: Mapping[str, Any] | None,
+        server_options: Mapping[str, Any] | None,
+    ):
+        import ray
+
+        from optax_dcasgd.parameter_server._server import Server
+        from optax_dcasgd.parameter_server._worker import Worker
+
+        self._ray: Any = ray
+        self._options, self._params = options, params
+        self._events: list[Event] = []
+        self._workers: dict[int, Any] = {}
+        self._version = 0
+        self._wished = options.num_workers
+        self._state_like = jax.eval_shape(tx.init, params)
+        usual = {"max_restarts": -1, "enable_task_events": False}
+        self._worker_class = ray.remote(Worker).options(
+            **{**usual, "scheduling_strategy": "SPREAD", **(worker_options or {})}
+        )
+        # Put once, however many workers there are; and kept, since a restart needs them again.
+        self._worker_args = [ray.put(arg) for arg in worker_args]
+        self._make_workers(options.num_workers)
+        # Without checkpoints there is nothing to restart from.
+        named = {} if options.name is None else {"name": options.name, "namespace": _NAMESPACE}
+        restarts = {"max_restarts": 0 if options.checkpoint_dir is None else -1}
+        host_params = jax.tree.map(np.asarray, params)
+        server_class = ray.remote(Server).options(
+            **{**usual, **restarts, **named, **(server_options or {})}
+        )
+        self._server_args = [ray.put(tx), ray.put(host_params)]
+        self._server: Any = server_class.remote(
+            *self._server_args, worker_args[3:], options, self._workers
+        )
+
+    def __enter__(self) -> "_Driver":
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        for actor in [*self._workers.values(), self._server]:
+            self._ray.kill(actor)
+
+    def _make_workers(self, num_workers: int) -> None:
+        for index in range(num_workers):
+            if index not in self._workers:
+                self._workers[index] = self._worker_class.remote(*self._worker_args)
+
+    def train(self, progress: bool) -> None:
+        """Until all updates are done."""
+        self._version = self._ray.get(self._server.ready.remote())
+        bar = _bar(self._options.num_updates, self._version) if progress else None
+        try:
+            while True:
+                status = self._advance()
+                self._version = status.version
+                if bar is not None:
+                    bar.update(status.version - bar.n)
+                    if not math.isnan(status.loss):
+                        bar.set_postfix(
+                            loss=f"{status.loss:.4g}", staleness=f"{status.staleness:.1f}"
+                        )
+                if status.failure is not None:
+                    self._save()
+                    raise RuntimeError(status.failure)
+                if status.version >= self._options.num_updates:
+                    self._save()
+                    return
+        except KeyboardInterrupt:
+            version = self._save()
+            if version is not None:
+                _log.warning("Interrupted; a checkpoint of %d updates was written.", version)
+            raise
+        finally:
+            if bar is not None:
+                bar.close()
+
+    def _advance(self) -> Any:
+        """Lets the server train for a while, and brings it back if it dies."""
+        died_at = None
+        while True:
+            try:
+                if died_at is not None:
+                    ready = self._server.ready.options(max_task_retries=-1).remote()
+                    version = self._ray.get(ready)
+                    if version == died_at:
+                        raise RuntimeError(f"The server died twice in a row at {version} updates.")
+                    died_at = version
+                    self._attach()
+                status = self._ray.get(self._server.advance.remote(_REPORT_EVERY))
+                break
+            except self._ray.exceptions.RayActorError as error:
+                if self._options.checkpoint_dir is None:
+                    raise RuntimeError(
+                        f"The server died after about {self._version} updates, and without "
+                        "checkpoint_dir there is nothing to go on from."
+                    ) from error
+                self._event(Event(math.nan, "server lost", None, str(error).splitlines()[0]))
+                died_at = -1 if died_at is None else died_at
+        self._wished = status.num_workers
+        for event in status.events:
+            self._event(event)
+        for index in status.retired:
+            self._ray.kill(self._workers.pop(index))
+        if status.num_workers > len(self._workers):
+            self._make_workers(status.num_workers)
+            self._attach()
+        return status
+
+    def _attach(self) -> None:
+        self._ray.get(self._server.attach.remote(self._workers, self._wished))
+
+    def _event(self, event: Event) -> None:
+        self._events.append(event)
+        who = "" if event.worker is None else f" (worker {event.worker})"
+        _log.warning("%s%s: %s", event.kind, who, event.message)
+
+    def _save(self) -> int | None:
+        try:
+            version: int | None = self._ray.get(self._server.save.remote())
+        except Exception as error:
+            self._event(Event(math.nan, "checkpoint failed", None, str(error)))
+            return None
+        return version
+
+    def result(self) -> Result:
+        """What `train` returns."""
+        params, state, rows = self._ray.get(self._server.result.remote())
+        history = _history.to_columns(rows)
+        is_async = self._options.mode == "async"
+        arrivals = _history.to_arrivals(history, self._options.num_workers) if is_async else None
+        result = Result(
+            from_raw(self._params, params),
+            from_raw(self._state_like, state),
+            history,
+            arrivals,
+            tuple(self._events),
+        )
+        for straggler in result.stragglers():
+            _log.warning(
+                "worker %d takes %.3g s for a gradient, %.1f times as long as the others.",
+                *straggler,
+            )
+        return result
+
+
+def _bar(total: int, done: int) -> Any:
+    try:
+        import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm.") from error
+    return tqdm.tqdm(total=total, initial=done, unit="push")

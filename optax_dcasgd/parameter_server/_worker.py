@@ -1,0 +1,93 @@
+"""The worker: one gradient at the parameters that it is sent."""
+
+import struct
+import time
+import traceback
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_dcasgd.parameter_server._transport import Layout
+
+TASK = struct.Struct("<qq")  # the batch, and nothing: the size keeps what follows aligned
+RESULT = struct.Struct("<dd")  # the loss, and the seconds that the gradient took
+
+
+class _RefusedError(Exception):
+    """What is wrong with a gradient."""
+
+
+def get_batch(batches: Any, index: int) -> Any:
+    """Batch number ``index``: ``batches(index)``, or an entry of each leaf, over and over."""
+    if callable(batches):
+        return batches(index)
+    return jax.tree.map(lambda x: np.asarray(x)[index % len(x)], batches)
+
+
+class Worker:
+    """An actor that computes gradients. It has no state: a restarted one is as good."""
+
+    def __init__(
+        self,
+        grad_fn: Any,
+        batches: Any,
+        key: jax.Array,
+        params: Layout,
+        grads: Layout,  # what grad_fn has to return
+        transported: Layout,  # what is sent
+    ):
+        self._batches = batches
+        self._key = key
+        self._params = params
+        self._transported = transported
+
+        @jax.jit
+        def gradient(params: Any, batch: Any, key: jax.Array, index: jax.Array) -> Any:
+            loss, value = grad_fn(params, batch, jax.random.fold_in(key, index))
+            if difference := grads.difference("grads", value):
+                raise _RefusedError(difference)
+            leaves = jax.tree.leaves(value)
+            finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+            leaves = [
+                leaf.astype(dtype) for leaf, dtype in zip(leaves, transported.dtypes, strict=True)
+            ]
+            return loss, leaves, finite
+
+        self._gradient = gradient
+
+    def ready(self) -> None:
+        """Returns when the worker is there."""
+
+    def gradient(self, task: bytes, params: Any = None) -> Any:
+        """Computes a gradient.
+
+        Args:
+          task: A `TASK`, with the packed parameters behind it if they are small.
+          params: The packed parameters if they are large.
+
+        Returns:
+          The gradient, packed, and a `RESULT`: as one ``bytes`` if small, or as a pair. Or a
+          ``str``: why there is none.
+        """
+        start = time.perf_counter()
+        index, _ = TASK.unpack_from(task)
+        leaves = self._params.unpack(*((task, TASK.size) if params is None else (params,)))
+        if params is not None:
+            leaves = [jax.device_put(leaf) for leaf in leaves]  # without a copy, on a CPU
+        try:
+            batch = get_batch(self._batches, index)
+            loss, grads, finite = self._gradient(
+                self._params.treedef.unflatten(leaves), batch, self._key, np.int32(index)
+            )
+            if not np.all(finite):
+                leaf = self._params.paths[int(np.argmin(finite))]
+                raise _RefusedError(f"grads{leaf} is not finite")
+        except _RefusedError as refused:
+            return f"{refused} (batch {index})"
+        except Exception:
+            return f"grad_fn or batches failed on batch {index}:\n{traceback.format_exc()}"
+        packed = self._transported.pack([np.asarray(leaf) for leaf in grads])
+        result = RESULT.pack(float(loss), time.perf_counter() - start)
+        return result + packed if isinstance(packed, bytes) else (result, packed)
