@@ -46,7 +46,7 @@ def to_rows(columns: dict[str, np.ndarray]) -> np.ndarray:
 class Event(NamedTuple):
     """Something that went wrong, or right again."""
 
-    time: float  # seconds of training
+    time: float  # Unix time, in seconds
     kind: str  # "worker lost", "worker back", "refused", "dropped", "server lost", ...
     worker: int | None  # whom it concerns
     message: str

@@ -362,8 +362,7 @@ class Server:
     # Reports.
 
     def _event(self, kind: str, worker: int | None, message: str) -> None:
-        event = Event(time.monotonic() - self._started, kind, worker, message)
-        self._events.append(event)
+        self._events.append(Event(time.time(), kind, worker, message))
         self._metrics.event(kind)
 
     def _retire(self) -> None:

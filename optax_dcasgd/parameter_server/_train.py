@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -341,7 +342,9 @@ class _Driver:
                         f"The server died after about {self._version} updates, and without "
                         "checkpoint_dir there is nothing to go on from."
                     ) from error
-                self._event(Event(math.nan, "server lost", None, str(error).splitlines()[0]))
+                reason = str(error).strip().splitlines()[0]
+                message = f"after at least {self._version} updates: {reason}"
+                self._event(Event(time.time(), "server lost", None, message))
                 died_at = -1 if died_at is None else died_at
         self._wished = status.num_workers
         for event in status.events:
@@ -365,7 +368,7 @@ class _Driver:
         try:
             version: int | None = self._ray.get(self._server.save.remote())
         except Exception as error:
-            self._event(Event(math.nan, "checkpoint failed", None, str(error)))
+            self._event(Event(time.time(), "checkpoint failed", None, str(error)))
             return None
         return version
 

@@ -1,0 +1,318 @@
+"""What a push costs on Ray, how much memory the server needs, and what faults cost.
+
+    python benchmarks/parameter_server.py                 # all, about six minutes
+    python benchmarks/parameter_server.py speed memory    # some: speed, memory, replay, faults
+
+A push is compared with the plain loop: a server with the methods pull and push, and workers that
+call one, compute, and call the other. Both apply the same jitted update; rounds are interleaved and
+medians compared. Written as JSON to --out, printed as Markdown.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import os
+import pathlib
+import platform
+import random
+import statistics
+import tempfile
+import threading
+import time
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import psutil
+import ray
+
+from optax_dcasgd import add_delay_compensation, dcasgd, parameter_server, simulation
+
+TX = dcasgd(1e-4, 0.9, 2.0, decay=0.95, store=None)
+
+
+def no_op(params, batch, key):
+    """A gradient that costs nothing: the parameters."""
+    return jnp.zeros(()), params
+
+
+class PlainServer:
+    """The server of the plain loop."""
+
+    def __init__(self, size):
+        @jax.jit
+        def update(params, state, grads, stale):
+            updates, state = TX.update(grads, state, params, stale_params=stale)
+            return optax.apply_updates(params, updates), state
+
+        self.update, self.params, self.pulled = update, jnp.ones(size), {}
+        self.state = TX.init(self.params)
+
+    def pull(self, worker):
+        self.pulled[worker] = self.params
+        return np.asarray(self.params)
+
+    def push(self, worker, grads):
+        grads = jax.device_put(grads)
+        stale = self.pulled[worker]
+        self.params, self.state = self.update(self.params, self.state, grads, stale)
+        self.params.block_until_ready()
+
+
+class PlainWorker:
+    """A worker of the plain loop."""
+
+    def __init__(self):
+        self.gradient = jax.jit(lambda params: no_op(params, None, None)[1])
+
+    def run(self, server, worker, num_pushes):
+        for _ in range(num_pushes):
+            params = jax.device_put(ray.get(server.pull.remote(worker)))
+            grads = np.asarray(self.gradient(params))
+            ray.get(server.push.remote(worker, grads))
+
+
+def plain(size, num_workers, num_pushes, warm_up):
+    """Seconds a push."""
+    server = ray.remote(PlainServer).remote(size)
+    workers = [ray.remote(PlainWorker).remote() for _ in range(num_workers)]
+
+    def run(pushes):
+        each = pushes // num_workers
+        ray.get([w.run.remote(server, i, each) for i, w in enumerate(workers)])
+
+    run(warm_up)
+    start = time.perf_counter()
+    run(num_pushes)
+    seconds = (time.perf_counter() - start) / num_pushes
+    for actor in [server, *workers]:
+        ray.kill(actor)
+    return seconds
+
+
+def ours(size, num_workers, num_pushes, warm_up):
+    """Seconds a push, by the server's own record."""
+    result = parameter_server.train(
+        no_op, jnp.ones(size), TX, lambda i: (),
+        num_workers=num_workers, num_updates=num_pushes + warm_up, progress=False,
+    )  # fmt: skip
+    seconds = result.history.time[warm_up:]
+    return (seconds[-1] - seconds[0]) / (num_pushes - 1)
+
+
+def measure_speed(rounds):
+    cases = {
+        "16.8 M parameters, 2 workers": (16_800_000, 2, 60, 20),
+        "1,000 parameters, 4 workers": (1_000, 4, 2_000, 400),
+    }
+    report = {}
+    for name, case in cases.items():
+        times = {"plain loop": [], "train": []}
+        for _ in range(rounds):
+            times["plain loop"].append(1e3 * plain(*case))
+            times["train"].append(1e3 * ours(*case))
+        report[name] = {
+            "milliseconds a push": {k: statistics.median(v) for k, v in times.items()},
+            "rounds": times,
+            "ratio": statistics.median(
+                a / b for a, b in zip(times["plain loop"], times["train"], strict=True)
+            ),
+        }
+    return report
+
+
+class Process(typing.NamedTuple):
+    """One of Ray's actors."""
+
+    name: str
+    process: psutil.Process
+
+
+def processes():
+    found = psutil.process_iter(["cmdline"])
+    named = [Process(" ".join(p.info["cmdline"] or []), p) for p in found]
+    return [p for p in named if p.name.startswith("ray::")]
+
+
+def measure_memory():
+    """Of the server: its own (unique) memory, and what is in the object store."""
+    size, num_updates, samples, done = 4_000_000, 2_200, [], threading.Event()
+
+    def watch():
+        total = ray.cluster_resources()["object_store_memory"]
+        while not done.wait(0.25):
+            for server in [p.process for p in processes() if "Server" in p.name]:
+                used = total - ray.available_resources().get("object_store_memory", total)
+                try:
+                    samples.append((server.memory_full_info().uss, used))
+                except psutil.Error:
+                    continue
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = parameter_server.train(
+        no_op, jnp.ones(size), TX, lambda i: (),
+        num_workers=4, num_updates=num_updates, progress=False,
+    )  # fmt: skip
+    done.set()
+    thread.join()
+    late = np.array(samples, float) / (4 * size)
+    quarter = len(late) // 4
+    return {
+        "unit": "copies of the parameters (16 MB)",
+        "parameters and optimizer state": 3,
+        "pushes": num_updates,
+        "largest number of live versions": int(result.history.staleness.max()) + 1,
+        "server's own memory, second quarter": float(np.median(late[quarter : 2 * quarter, 0])),
+        "server's own memory, last quarter": float(np.median(late[3 * quarter :, 0])),
+        "object store, second quarter": float(np.median(late[quarter : 2 * quarter, 1])),
+        "object store, last quarter": float(np.median(late[3 * quarter :, 1])),
+        "object store, most": float(late[quarter:, 1].max()),
+    }
+
+
+def problem():
+    """Digits and a perceptron: the gradient, parameters, batches, and the test accuracy."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = (x[order] / 16).astype(np.float32), y[order].astype(np.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = [64, 64, 64, 10]
+    params = {
+        f"layer {i}": {
+            "w": jax.random.normal(keys[i], (a, b)) * (2 / a) ** 0.5, "b": jnp.zeros(b)
+        }
+        for i, (a, b) in enumerate(itertools.pairwise(sizes))
+    }  # fmt: skip
+
+    def logits(params, x):
+        for layer in list(params.values())[:-1]:
+            x = jax.nn.relu(x @ layer["w"] + layer["b"])
+        return x @ params["layer 2"]["w"] + params["layer 2"]["b"]
+
+    def loss(params, batch, key):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, batch[0]), batch[1]
+        ).mean()
+
+    index = np.random.default_rng(1).integers(0, 1437, (20_000, 32))
+    accuracy = jax.jit(lambda p: (logits(p, x[1437:]).argmax(-1) == y[1437:]).mean())
+    return jax.value_and_grad(loss), params, (x, y, index), accuracy
+
+
+DC = optax.chain(
+    add_delay_compensation(8.0, decay=0.95, clip=1.0, store=None), optax.sgd(0.02, momentum=0.9)
+)
+
+
+def train_digits(num_updates, pause, **options):
+    loss_and_grad, params, (x, y, index), accuracy = problem()
+
+    def batches(i):
+        time.sleep(pause)
+        return x[index[i]], y[index[i]]
+
+    start = time.perf_counter()
+    result = parameter_server.train(
+        loss_and_grad, params, DC, batches,
+        num_workers=4, num_updates=num_updates, progress=False, **options,
+    )  # fmt: skip
+    used = result.history.batch
+    return result, {
+        "seconds": time.perf_counter() - start,
+        "updates": len(used),
+        "test accuracy": float(accuracy(result.params)),
+        "batches applied twice": int(len(used) - len(np.unique(used))),
+        "events": dict(collections.Counter(event.kind for event in result.events)),
+    }
+
+
+def measure_replay():
+    result, report = train_digits(600, 0.002)
+    loss_and_grad, params, (x, y, index), _ = problem()
+    x, y, index = map(jnp.asarray, (x, y, index))
+    replayed = simulation.run(
+        loss_and_grad, params, DC, lambda i: (x[index[i]], y[index[i]]), result.arrivals
+    )
+    differences = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), result.params, replayed.params
+    )
+    return {
+        **report,
+        "largest staleness": int(result.history.staleness.max()),
+        "largest relative difference of the replayed parameters": max(jax.tree.leaves(differences)),
+    }
+
+
+def kill_again_and_again(kind, every, times):
+    """Kills one of the processes, chosen at random, every so many seconds; returns a thread."""
+
+    def kill():
+        draw = random.Random(0)
+        for _ in range(times):
+            time.sleep(every)
+            found = [p for p in processes() if kind in p.name]
+            if found:
+                draw.choice(found).process.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def measure_faults():
+    report = {"undisturbed": train_digits(6_000, 0.03)[1]}
+    thread = kill_again_and_again("ray::Worker", 2, 30)
+    report["a worker killed every 2 s for 60 s"] = train_digits(6_000, 0.03)[1]
+    thread.join()
+    with tempfile.TemporaryDirectory() as directory:
+        options = {"checkpoint_dir": directory, "checkpoint_every": 200}
+        thread = kill_again_and_again("ray::Server", 12, 5)
+        result, of_server = train_digits(6_000, 0.03, **options)
+        thread.join()
+    lost = [event for event in result.events if event.kind == "server lost"]
+    resumed = [event for event in result.events if event.kind == "resumed"]
+    of_server["seconds until it was back"] = [
+        round(b.time - a.time, 1) for a, b in zip(lost, resumed, strict=True)
+    ]
+    of_server["messages"] = [event.message for event in lost + resumed]
+    report["the server killed five times, checkpoints every 200 updates"] = of_server
+    return report
+
+
+MEASUREMENTS = {
+    "speed": measure_speed,
+    "memory": measure_memory,
+    "replay": measure_replay,
+    "faults": measure_faults,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", choices=[[], *MEASUREMENTS], default=[])
+    parser.add_argument("--rounds", type=int, default=3, help="of the speed comparison")
+    parser.add_argument("--out", type=pathlib.Path, help="where to write the JSON")
+    args = parser.parse_args()
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    report = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__,
+                     "ray": ray.__version__},
+        "load at the start": os.getloadavg()[0],
+    }  # fmt: skip
+    for name in args.what or MEASUREMENTS:
+        report[name] = measure_speed(args.rounds) if name == "speed" else MEASUREMENTS[name]()
+        print(json.dumps({name: report[name]}, indent=2), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""A small model for the parameter server, and faults to build into its batches.
+
+The workers are other processes, so that a fault has to be in what they are sent: `batches` with a
+fault at some index, which happens once (a file says whether it has).
+"""
+
+import os
+import pathlib
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_dcasgd import add_delay_compensation
+
+_rng = np.random.default_rng(0)
+X = _rng.normal(size=(64, 16, 6)).astype(np.float32)
+Y = np.tanh(X @ _rng.normal(size=(6, 3))).astype(np.float32)
+PARAMS = {
+    "hidden": {"w": _rng.normal(size=(6, 8)).astype(np.float32) * 0.4, "b": np.zeros(8, "f4")},
+    "out": _rng.normal(size=(8, 3)).astype(np.float32) * 0.4,
+}
+TX = optax.chain(
+    add_delay_compensation(8.0, decay=0.95, clip=1.0, store=None), optax.sgd(0.02, momentum=0.9)
+)
+
+
+def loss(params, batch, key):
+    del key
+    x, y = batch
+    h = jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"])
+    return jnp.mean((h @ params["out"] - y) ** 2)
+
+
+grad_fn = jax.value_and_grad(loss)
+
+
+class Batches:
+    """Batch i is entry i % 64, after a pause that is 20 times as long in one of the workers."""
+
+    def __init__(self, pause=0.0, slow_process=None):
+        self.pause, self.slow = pause, slow_process
+
+    def __call__(self, i):
+        time.sleep(self.pause)
+        if self.slow is not None and i > 0 and slowest(self.slow):  # the caller tries batch 0
+            time.sleep(20 * self.pause)
+        return X[i % 64], Y[i % 64]
+
+
+def slowest(path):
+    """Whether this process was the first to ask, for the file at this path."""
+    try:
+        with open(path, "x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return pathlib.Path(path).read_text() == str(os.getpid())
+    return True
+
+
+def once(path):
+    """True the first time anybody asks."""
+    try:
+        with open(path, "x"):
+            return True
+    except FileExistsError:
+        return False
+
+
+class Faulty(Batches):
+    """With ``fault(i)`` called at some batches, each of which has it once."""
+
+    def __init__(self, directory, indices, fault, pause=0.005):
+        super().__init__(pause)
+        self.directory, self.indices, self.fault = str(directory), indices, fault
+
+    def __call__(self, i):
+        batch = super().__call__(i)
+        if i in self.indices and once(f"{self.directory}/fault-{i}"):
+            return self.fault(batch)
+        return batch
+
+
+def die(batch):
+    os.kill(os.getpid(), signal.SIGKILL)
+    return batch
+
+
+def not_a_number(batch):
+    return batch[0] * np.nan, batch[1]
+
+
+def another_shape(batch):
+    """For `sized_grad_fn`."""
+    return batch[0][:7], batch[1][:7]
+
+
+def fail(batch):
+    raise LookupError("no such image")
+
+
+def sized_grad_fn(params, batch, key):
+    """Whose gradient has the wrong shape if the batch has."""
+    value, grads = grad_fn(params, batch, key)
+    if batch[0].shape[0] != 16:
+        grads = {**grads, "out": grads["out"][:5]}
+    return value, grads

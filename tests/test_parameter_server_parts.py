@@ -1,0 +1,228 @@
+"""The parts of the parameter server that need no Ray cluster."""
+
+import itertools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+from optax_dcasgd import add_delay_compensation, dcasgd
+from optax_dcasgd.parameter_server import _bound, _checkpoint, _history
+from optax_dcasgd.parameter_server._transport import Layout, from_raw, to_raw
+from optax_dcasgd.parameter_server._update import Update
+
+TREES = {
+    "small": {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": [np.float64(2.5)]},
+    "empty leaves": {"a": np.zeros((0, 3), np.float32), "b": np.ones(1, np.int8), "c": None},
+    "half": [np.arange(5).astype(jnp.bfloat16), np.arange(3).astype(np.float16)],
+    "complex": (np.array([1 + 2j, 3], np.complex64),),
+    "no leaves": {},
+    "large": {"a": np.arange(20_000, dtype=np.float32), "b": np.ones(7, jnp.bfloat16)},
+    "large, with a scalar": {"a": np.ones((300, 300), np.float64), "b": np.float32(3)},
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_packed_and_unpacked(name):
+    tree = jax.tree.map(np.asarray, TREES[name])
+    layout = Layout(tree)
+    assert layout.is_small != name.startswith("large")
+    leaves = jax.tree.leaves(tree)
+    packed = layout.pack(leaves)
+    assert isinstance(packed, bytes) == layout.is_small
+    if layout.is_small:
+        packed, offset = b"header" + packed, 6
+    else:
+        offset = 0
+    unpacked = layout.unpack(packed, offset)
+    for got, want in zip(unpacked, leaves, strict=True):
+        assert got.dtype == want.dtype
+        assert got.shape == want.shape
+        np.testing.assert_array_equal(got, want)
+    assert layout.difference("x", layout.treedef.unflatten(unpacked)) is None
+
+
+def test_strided_leaves_are_packed_in_their_order():
+    array = np.arange(12.0).reshape(3, 4).T
+    layout = Layout([array])
+    np.testing.assert_array_equal(layout.unpack(layout.pack([array]))[0], array)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"a": np.ones(3, "f4")}, "grads has another structure"),
+        (
+            {"a": np.ones(3, "f4"), "b": np.ones(2, "f4")},
+            r"grads['b'] is float32[2], not float32[]",
+        ),
+        ({"a": np.ones(3, "f2"), "b": np.ones((), "f4")}, r"grads['a'] is float16[3], not flo"),
+    ],
+)
+def test_what_does_not_fit_is_named(tree, message):
+    layout = Layout({"a": np.ones(3, "f4"), "b": np.ones((), "f4")})
+    assert message in layout.difference("grads", tree)
+
+
+def test_only_wider_floats_are_narrowed():
+    layout = Layout([np.ones(2, t) for t in ("f4", "f8", "i4", "c8", "f2")]).cast(jnp.bfloat16)
+    assert [dtype.name for dtype in layout.dtypes] == [
+        *("bfloat16", "bfloat16", "int32", "complex64", "float16"),
+    ]
+
+
+def test_random_keys_as_data():
+    tree = {"key": jax.random.key(3, impl="rbg"), "x": jnp.ones(2)}
+    like = jax.eval_shape(lambda: tree)
+    for template in (tree, like):
+        restored = from_raw(template, [np.asarray(x) for x in to_raw(tree)])
+        assert jax.random.key_impl(restored["key"]) == "rbg"
+        assert jax.random.normal(restored["key"]) == jax.random.normal(tree["key"])
+
+
+# The bound on staleness.
+
+
+def can_all_be_applied(staleness, max_staleness):
+    """Whether there is an order that keeps the bound, by trying all."""
+    return any(
+        all(tau + earlier <= max_staleness for earlier, tau in enumerate(order))
+        for order in itertools.permutations(staleness)
+    )
+
+
+def test_the_bound_allows_exactly_what_can_be_kept():
+    for size in range(5):
+        for staleness in itertools.product(range(4), repeat=size):
+            for limit in range(5):
+                pulled = can_all_be_applied([*staleness, 0], limit)
+                assert _bound.may_pull(list(staleness), limit) == pulled
+                for i, tau in enumerate(staleness):
+                    rest = [other + 1 for j, other in enumerate(staleness) if j != i]
+                    if tau <= limit:
+                        applied = can_all_be_applied(rest, limit)
+                        assert _bound.may_apply(list(staleness), i, limit) == applied
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 5])
+def test_nobody_waits_for_ever(limit):
+    """Workers of random speed: the bound is kept, and there is always something to do."""
+    draw = random.Random(limit)
+    version, pulled, waiting, idle = 0, [], [], 6
+    for _ in range(2000):
+        while idle and _bound.may_pull([version - v for v in waiting + pulled], limit):
+            pulled.append(version)
+            idle -= 1
+        assert pulled or waiting
+        if pulled and draw.random() < 0.7:
+            waiting.append(pulled.pop(draw.randrange(len(pulled))))
+        while waiting:
+            staleness = [version - v for v in waiting + pulled]
+            may = [i for i in range(len(waiting)) if _bound.may_apply(staleness, i, limit)]
+            if not may:
+                assert pulled  # what it waits for is under way
+                break
+            assert version - waiting.pop(may[0]) <= limit
+            version, idle = version + 1, idle + 1
+    assert version > 200
+
+
+# Updates.
+
+PARAMS = {"w": np.linspace(-1, 1, 6, dtype=np.float32), "b": np.float32(0.5)}
+
+
+def updater(tx, params=PARAMS, dtype=None):
+    layout = Layout(jax.tree.map(np.asarray, params))
+    return Update(tx, params, (layout, layout))
+
+
+def pushes(num, seed=0, params=PARAMS):
+    rng = np.random.default_rng(seed)
+    return [
+        jax.tree.map(lambda x: rng.normal(size=np.shape(x)).astype(np.float32), params)
+        for _ in range(num)
+    ]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_updates_are_algorithm_2(large, monkeypatch):
+    """Against float64, with stale parameters that are what was published."""
+    if large:  # without Ray: what is put is what is got
+        monkeypatch.setattr("ray.put", lambda packed: [np.array(x) for x in packed])
+        monkeypatch.setattr("ray.get", lambda packed: packed)
+    params = {**PARAMS, **({"large": np.ones(20_000, np.float32)} if large else {})}
+    update = updater(dcasgd(0.1, 0.9, 2.0, decay=0.9, store=None), params)
+    optimizer = reference.DCASGD(lr=0.1, momentum=0.9, lamda=2.0, decay=0.9)
+    versions, published = [reference.wide(params)], [update.publish()[1]]
+    for t, grads in enumerate(pushes(12, params=params)):
+        version = max(0, t - t % 4)
+        update.apply(jax.tree.leaves(grads), published[version], 0, t - version)
+        published.append(update.publish()[1])
+        change = optimizer(reference.wide(grads), w=versions[-1], w_s=versions[version])
+        versions.append(reference.add(versions[-1], change))
+    for t, want in enumerate(versions):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), published[t], want)
+
+
+def test_published_versions_do_not_change_with_later_updates():
+    update = updater(optax.sgd(0.1))
+    message, stale = update.publish()
+    before = jax.tree.map(np.array, stale), bytes(message)
+    for grads in pushes(5):
+        update.apply(jax.tree.leaves(grads), stale, 0, 0)
+    jax.tree.map(np.testing.assert_array_equal, stale, before[0])
+    assert message == before[1] != update.publish()[0]
+
+
+def test_compensation_is_relative_to_the_gradient():
+    lamda, rate = 3.0, 0.3
+    tx = optax.chain(add_delay_compensation(lamda, store=None), optax.sgd(rate, momentum=0.9))
+    update = updater(tx)
+    for grads in pushes(3):
+        update.apply(jax.tree.leaves(grads), PARAMS, 0, 0)
+    params = update.publish()[1]
+    (grads,) = pushes(1, seed=9)
+    added = jax.tree.map(lambda g, w, s: lamda * g * g * (w - s), grads, params, PARAMS)
+    got = update.compensation(jax.tree.leaves(grads), PARAMS, 0, 3)
+    np.testing.assert_allclose(got, optax.tree.norm(added) / optax.tree.norm(grads), 1e-4)
+
+
+# Checkpoints.
+
+
+def snapshot(version, params, state):
+    rows = np.zeros(version, _history.DTYPE)
+    rows["loss"] = np.arange(version)
+    meta = {
+        "signature": ["lines"],
+        "history": {name: rows.dtype[name].str for name in _history.History._fields},
+        "next_batch": 7,
+    }
+    return _checkpoint.Snapshot(params, state, _history.to_columns(rows)._asdict(), meta)
+
+
+@pytest.mark.parametrize("version", [0, 5])
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_saved_and_loaded(version, tmp_path):
+    params = [np.arange(3.0), np.zeros((0, 2), np.float32), np.float32(2)]
+    state = [np.array([1, 2], np.uint32), np.ones(2, jnp.bfloat16), np.zeros(0, np.int32)]
+    checkpoints = _checkpoint.Checkpoints(str(tmp_path))
+    assert checkpoints.latest() is None
+    checkpoints.save(version, snapshot(version, params, state))
+    checkpoints.wait()
+    assert checkpoints.latest() == version
+    loaded = checkpoints.load(version, params, state)
+    checkpoints.close()
+    for got, want in zip(loaded.params + loaded.state, params + state, strict=True):
+        assert got.dtype == np.asarray(want).dtype
+        np.testing.assert_array_equal(got, want)
+    assert loaded.meta["next_batch"] == 7
+    if version:
+        np.testing.assert_array_equal(loaded.history["loss"], np.arange(version))
+        rows = _history.to_rows(loaded.history)
+        assert rows.dtype == _history.DTYPE
