@@ -348,7 +348,7 @@ def test_resumed_by_default(tmp_path):
     with pytest.raises(ValueError, match="holds a run of 200 updates"):
         train(300, resume=False, **options)
     wider = {**PARAMS, "out": np.zeros((8, 4), np.float32)}
-    with pytest.raises(ValueError, match=r"another model: .*\['out'\]: float32\[8, 3\]' there"):
+    with pytest.raises(ValueError, match=r"another model: .*\['out'\]: float32\[8, 3\] there"):
         train(300, params=wider, batches=(X, np.zeros((64, 16, 4), np.float32)), **options)
     with pytest.raises(ValueError, match="holds another model"):
         train(300, tx=optax.sgd(0.1), **options)

@@ -10,10 +10,10 @@ import optax
 import pytest
 import reference
 
-from optax_dcasgd import add_delay_compensation, dcasgd
+from optax_dcasgd import add_delay_compensation, dcasgd, scale_by_staleness
 from optax_dcasgd.parameter_server import _bound, _checkpoint, _history
 from optax_dcasgd.parameter_server._transport import Layout, from_raw, to_raw
-from optax_dcasgd.parameter_server._update import Update
+from optax_dcasgd.parameter_server._update import Gradient, Update
 
 TREES = {
     "small": {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": [np.float64(2.5)]},
@@ -34,11 +34,7 @@ def test_packed_and_unpacked(name):
     leaves = jax.tree.leaves(tree)
     packed = layout.pack(leaves)
     assert isinstance(packed, bytes) == layout.is_small
-    if layout.is_small:
-        packed, offset = b"header" + packed, 6
-    else:
-        offset = 0
-    unpacked = layout.unpack(packed, offset)
+    unpacked = layout.unpack(packed)
     for got, want in zip(unpacked, leaves, strict=True):
         assert got.dtype == want.dtype
         assert got.shape == want.shape
@@ -136,9 +132,9 @@ def test_nobody_waits_for_ever(limit):
 PARAMS = {"w": np.linspace(-1, 1, 6, dtype=np.float32), "b": np.float32(0.5)}
 
 
-def updater(tx, params=PARAMS, dtype=None):
+def updater(tx, params=PARAMS):
     layout = Layout(jax.tree.map(np.asarray, params))
-    return Update(tx, params, (layout, layout))
+    return Update(tx, params, (layout, layout, layout)), layout
 
 
 def pushes(num, seed=0, params=PARAMS):
@@ -149,47 +145,106 @@ def pushes(num, seed=0, params=PARAMS):
     ]
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_updates_are_algorithm_2(large, monkeypatch):
+@pytest.fixture
+def without_ray(monkeypatch):
+    """What is put is what is got."""
+    monkeypatch.setattr("ray.put", lambda packed: [np.array(x) for x in packed])
+    monkeypatch.setattr("ray.get", lambda packed: packed)
+
+
+LARGE = {**PARAMS, "large": np.ones(20_000, np.float32)}
+
+
+@pytest.mark.parametrize("params", [PARAMS, LARGE], ids=["small", "large"])
+@pytest.mark.usefixtures("without_ray")
+def test_updates_are_algorithm_2(params):
     """Against float64, with stale parameters that are what was published."""
-    if large:  # without Ray: what is put is what is got
-        monkeypatch.setattr("ray.put", lambda packed: [np.array(x) for x in packed])
-        monkeypatch.setattr("ray.get", lambda packed: packed)
-    params = {**PARAMS, **({"large": np.ones(20_000, np.float32)} if large else {})}
-    update = updater(dcasgd(0.1, 0.9, 2.0, decay=0.9, store=None), params)
+    update, layout = updater(dcasgd(0.1, 0.9, 2.0, decay=0.9, store=None), params)
     optimizer = reference.DCASGD(lr=0.1, momentum=0.9, lamda=2.0, decay=0.9)
-    versions, published = [reference.wide(params)], [update.publish()[1]]
+    versions, published = [reference.wide(params)], [update.publish(0)]
     for t, grads in enumerate(pushes(12, params=params)):
         version = max(0, t - t % 4)
-        update.apply(jax.tree.leaves(grads), published[version], 0, t - version)
-        published.append(update.publish()[1])
+        packed = layout.pack(jax.tree.leaves(grads))
+        update.apply([Gradient(packed, published[version], 0, t - version)])
+        published.append(update.publish(t + 1))
         change = optimizer(reference.wide(grads), w=versions[-1], w_s=versions[version])
         versions.append(reference.add(versions[-1], change))
-    for t, want in enumerate(versions):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), published[t], want)
+    for got, want in zip(published, versions, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), got.params, want)
+
+
+TXS = {
+    "dcasgd": dcasgd(0.1, 0.9, 2.0, decay=0.9, store=None),
+    "Adam": optax.chain(add_delay_compensation(2.0, clip=1.0, store=None), optax.adam(0.1)),
+    "by staleness": optax.chain(scale_by_staleness(), optax.sgd(0.1)),
+    "by worker": optax.chain(add_delay_compensation(0.1, num_workers=3), optax.sgd(0.1, 0.9)),
+}
+
+
+@pytest.mark.parametrize("params", [PARAMS, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("tx", TXS)
+@pytest.mark.usefixtures("without_ray")
+def test_several_at_once_are_one_by_one_to_the_bit(tx, params):
+    """However the gradients that have come are grouped."""
+    results = []
+    for groups in ([1] * 20, [2, 3, 1, 8, 6], [20]):
+        update, layout = updater(TXS[tx], params)
+        first = update.publish(0)
+        grads = [
+            Gradient(layout.pack(jax.tree.leaves(g)), first, i % 3, i)
+            for i, g in enumerate(pushes(20, params=params))
+        ]
+        for size in groups:
+            update.apply(grads[:size])
+            del grads[:size]
+        results.append((update.params_to_host(), update.state_to_host()))
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, results[0], other)
+    assert not np.array_equal(results[0][0][0], jax.tree.leaves(params)[0])
+
+
+def test_the_order_of_gradients_matters():
+    """So that the test above would see a change of it."""
+    finals = []
+    for order in (1, -1):
+        update, layout = updater(TXS["dcasgd"])
+        first = update.publish(0)
+        packed = [layout.pack(jax.tree.leaves(g)) for g in pushes(3)]
+        update.apply([Gradient(p, first, 0, i) for i, p in enumerate(packed[::order])])
+        finals.append(update.params_to_host()[1])
+    assert not np.array_equal(*finals)
 
 
 def test_published_versions_do_not_change_with_later_updates():
-    update = updater(optax.sgd(0.1))
-    message, stale = update.publish()
-    before = jax.tree.map(np.array, stale), bytes(message)
+    update, layout = updater(optax.sgd(0.1))
+    version = update.publish(0)
+    before = jax.tree.map(np.array, version.params), bytes(version.message)
     for grads in pushes(5):
-        update.apply(jax.tree.leaves(grads), stale, 0, 0)
-    jax.tree.map(np.testing.assert_array_equal, stale, before[0])
-    assert message == before[1] != update.publish()[0]
+        update.apply([Gradient(layout.pack(jax.tree.leaves(grads)), version, 0, 0)])
+    jax.tree.map(np.testing.assert_array_equal, version.params, before[0])
+    assert version.message == before[1] != update.publish(5).message
 
 
 def test_compensation_is_relative_to_the_gradient():
     lamda, rate = 3.0, 0.3
     tx = optax.chain(add_delay_compensation(lamda, store=None), optax.sgd(rate, momentum=0.9))
-    update = updater(tx)
-    for grads in pushes(3):
-        update.apply(jax.tree.leaves(grads), PARAMS, 0, 0)
-    params = update.publish()[1]
-    (grads,) = pushes(1, seed=9)
+    update, layout = updater(tx)
+    first = update.publish(0)
+    packed = [layout.pack(jax.tree.leaves(grads)) for grads in pushes(4)]
+    update.apply([Gradient(p, first, 0, i) for i, p in enumerate(packed[:3])])
+    params, grads = update.publish(3).params, pushes(4)[3]
     added = jax.tree.map(lambda g, w, s: lamda * g * g * (w - s), grads, params, PARAMS)
-    got = update.compensation(jax.tree.leaves(grads), PARAMS, 0, 3)
+    got = update.compensation(Gradient(packed[3], first, 0, 3))
     np.testing.assert_allclose(got, optax.tree.norm(added) / optax.tree.norm(grads), 1e-4)
+
+
+def test_a_mean_is_one_update():
+    update, layout = updater(optax.sgd(0.1))
+    version, grads = update.publish(0), pushes(3)
+    update.apply_mean([Gradient(layout.pack(jax.tree.leaves(g)), version, 0, 0) for g in grads])
+    want = jax.tree.map(lambda p, *g: p - 0.1 * sum(g) / 3, PARAMS, *grads)
+    for got, leaf in zip(update.params_to_host(), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, leaf, 1e-6)
 
 
 # Checkpoints.

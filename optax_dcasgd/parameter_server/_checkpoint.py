@@ -156,7 +156,7 @@ def check(directory: Any, lines: list[str], *, resume: bool, num_updates: int) -
             raise ValueError(f"checkpoint_dir {path} is of another release: {meta['format']!r}.")
         if meta["signature"] != lines:
             differing = [
-                f"{saved!r} there and {here!r} here"
+                f"{saved} there and {here} here"
                 for saved, here in zip(
                     [*meta["signature"], "nothing"], [*lines, "nothing"], strict=False
                 )

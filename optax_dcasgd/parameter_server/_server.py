@@ -23,8 +23,8 @@ from optax_dcasgd.parameter_server import _bound, _history
 from optax_dcasgd.parameter_server._checkpoint import Checkpoints, Snapshot
 from optax_dcasgd.parameter_server._history import Event
 from optax_dcasgd.parameter_server._metrics import Metrics
-from optax_dcasgd.parameter_server._transport import Layout
-from optax_dcasgd.parameter_server._update import Update
+from optax_dcasgd.parameter_server._transport import Layout, Packed
+from optax_dcasgd.parameter_server._update import Gradient, Update, Version
 from optax_dcasgd.parameter_server._worker import RESULT, TASK
 
 _ASK_AGAIN = 0.05  # seconds, where there is nothing to wait for
@@ -64,8 +64,7 @@ class _Pull(NamedTuple):
 
     worker: int
     batch: int
-    version: int
-    stale_params: Any
+    version: Version
 
 
 class _Push(NamedTuple):
@@ -74,7 +73,7 @@ class _Push(NamedTuple):
     pull: _Pull
     loss: float
     seconds: float
-    grads: list[np.ndarray]
+    packed: Packed
 
 
 class Server:
@@ -89,7 +88,6 @@ class Server:
         workers: dict[int, Any],
     ):
         self._options = options
-        self._transported = layouts[2]
         # Up to which staleness workers wait for each other.
         self._limit = options.max_staleness if options.on_stale == "wait" else None
         self._workers = dict(workers)
@@ -99,7 +97,8 @@ class Server:
         self._waking: dict[ray.ObjectRef[Any], int] = {}
         self._pushes: list[_Push] = []
         self._retired: list[int] = []
-        self._published: tuple[int, Any, Any] | None = None  # version, message, stale_params
+        self._to_apply: list[Gradient] = []  # counted already
+        self._published: Version | None = None
         self._version, self._next_batch = 0, 0
         self._again: collections.deque[int] = collections.deque()
         self._rows = np.zeros(options.num_updates, _history.DTYPE)
@@ -108,7 +107,7 @@ class Server:
         self._reported = 0
         self._events: list[Event] = []
         self._metrics = Metrics(options.name)
-        self._update = Update(tx, params, layouts[:2])
+        self._update = Update(tx, params, layouts)
         self._checkpoints = None
         if options.checkpoint_dir is not None:
             self._checkpoints = Checkpoints(options.checkpoint_dir)
@@ -184,20 +183,20 @@ class Server:
             self._send(index)
 
     def _send(self, index: int) -> None:
-        if self._published is None or self._published[0] != self._version:
-            self._published = (self._version, *self._update.publish())
-        _, message, stale_params = self._published
+        if self._published is None or self._published.number != self._version:
+            self._published = self._update.publish(self._version)
+        message = self._published.message
         batch = self._again.popleft() if self._again else self._next_batch
         self._next_batch = max(self._next_batch, batch + 1)
         task = TASK.pack(batch, 0)
         call = self._workers[index].gradient.remote
         ref = call(task + message) if isinstance(message, bytes) else call(task, message)
-        self._pulls[ref] = _Pull(index, batch, self._version, stale_params)
+        self._pulls[ref] = _Pull(index, batch, self._published)
 
     def _under_way(self) -> list[int]:
         """How stale each gradient is that has not been applied: those here, then those pulled."""
         pulls = [*(push.pull for push in self._pushes), *self._pulls.values()]
-        return [self._version - pull.version for pull in pulls]
+        return [self._version - pull.version.number for pull in pulls]
 
     # Push.
 
@@ -217,10 +216,11 @@ class Server:
         if isinstance(answer, str):
             self._refuse(pull, answer)
             return
-        header, packed = (answer, answer) if isinstance(answer, bytes) else answer
+        if isinstance(answer, bytes):
+            answer = answer, memoryview(answer)[RESULT.size :]
+        header, packed = answer
         loss, seconds = RESULT.unpack_from(header)
-        grads = self._transported.unpack(packed, RESULT.size)
-        self._pushes.append(_Push(pull, loss, seconds, grads))
+        self._pushes.append(_Push(pull, loss, seconds, packed))
 
     def _lost(self, index: int, error: Exception) -> None:
         reason = str(error).strip().splitlines()[0]
@@ -265,16 +265,29 @@ class Server:
         while self._pushes and self._version < self._options.num_updates:
             i = self._first()
             if i is None:
-                return
+                break
             push = self._pushes.pop(i)
-            self._idle.append(push.pull.worker)
-            staleness, limit = self._version - push.pull.version, self._options.max_staleness
+            pull, limit = push.pull, self._options.max_staleness
+            self._idle.append(pull.worker)
+            staleness = self._version - pull.version.number
             if limit is not None and staleness > limit:
-                self._again.append(push.pull.batch)
-                message = f"staleness {staleness} > max_staleness={limit} (batch {push.pull.batch})"
-                self._event("dropped", push.pull.worker, message)
+                self._again.append(pull.batch)
+                message = f"staleness {staleness} > max_staleness={limit} (batch {pull.batch})"
+                self._event("dropped", pull.worker, message)
                 continue
-            self._step(push, push.grads, staleness)
+            gradient = Gradient(push.packed, pull.version, pull.worker, staleness)
+            every, compensation = self._options.compensation_every, np.nan
+            if every is not None and self._version % every == 0:
+                self._flush()
+                compensation = self._update.compensation(gradient)
+            self._to_apply.append(gradient)
+            self._count(push, staleness, compensation)
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._to_apply:
+            self._update.apply(self._to_apply)
+            self._to_apply = []
 
     def _first(self) -> int | None:
         """Which push is next: the first, or the first that need not wait for others."""
@@ -291,28 +304,25 @@ class Server:
         pushes = sorted(self._pushes, key=lambda push: push.pull.batch)
         self._pushes = []
         self._idle.extend(push.pull.worker for push in pushes)
-        whole = _Push(
+        self._update.apply_mean([Gradient(push.packed, push.pull.version, 0, 0) for push in pushes])
+        mean = _Push(
             pushes[0].pull._replace(worker=0),
             float(np.mean([push.loss for push in pushes])),
             max(push.seconds for push in pushes),
-            [],
+            b"",
         )
-        self._step(whole, self._update.mean([push.grads for push in pushes]), 0)
+        self._count(mean, 0, np.nan)
 
-    def _step(self, push: _Push, grads: list[Any], staleness: int) -> None:
-        pull, options = push.pull, self._options
-        args = (grads, pull.stale_params, pull.worker, staleness)
-        every, compensation = options.compensation_every, np.nan
-        if every is not None and self._version % every == 0:
-            compensation = self._update.compensation(*args)
-        self._update.apply(*args)
-        now = time.monotonic() - self._started
+    def _count(self, push: _Push, staleness: int, compensation: float) -> None:
+        """One update more."""
+        pull, now = push.pull, time.monotonic() - self._started
         self._rows[self._version] = (
-            *(pull.worker, pull.version, staleness, pull.batch),
+            *(pull.worker, pull.version.number, staleness, pull.batch),
             *(push.loss, now, push.seconds, compensation),
         )
         self._version += 1
-        if self._checkpoints is not None and self._version % options.checkpoint_every == 0:
+        if self._checkpoints is not None and self._version % self._options.checkpoint_every == 0:
+            self._flush()
             self._try_to_write()
 
     # Checkpoints.

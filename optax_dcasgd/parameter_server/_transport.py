@@ -14,7 +14,7 @@ import numpy as np
 _SMALL = 64 * 1024  # bytes; beyond 100 KiB Ray itself turns to the object store
 _ALIGNMENT = 16  # bytes; of each leaf within a message
 
-Packed = bytes | list[np.ndarray]
+Packed = bytes | memoryview | list[np.ndarray]
 
 
 class Layout:
@@ -74,16 +74,28 @@ class Layout:
             message[start : start + array.size] = array.data
         return bytes(message)
 
-    def unpack(self, packed: Any, offset: int = 0) -> list[np.ndarray]:
+    def unpack(self, packed: Any) -> list[np.ndarray]:
         """The leaves, as read-only views of what was packed."""
         if self.is_small:
             packed = [
-                np.frombuffer(packed, np.uint8, size, offset + start) if size else np.empty(0, "u1")
+                np.frombuffer(packed, np.uint8, size, start) if size else np.empty(0, "u1")
                 for size, start in zip(self._sizes, self._ends[:-1], strict=True)
             ]
         return [
             array.view(dtype).reshape(shape)
             for array, dtype, shape in zip(packed, self.dtypes, self.shapes, strict=True)
+        ]
+
+    def unpack_stacked(self, messages: list[Any], size: int) -> list[np.ndarray]:
+        """The leaves of small trees, stacked to a leading axis of ``size``, with zeros behind."""
+        whole = np.zeros((size, self._ends[-1]), np.uint8)
+        for row, message in zip(whole, messages, strict=False):
+            row[:] = np.frombuffer(message, np.uint8)
+        return [
+            np.ascontiguousarray(whole[:, start : start + nbytes]).view(dtype).reshape(size, *shape)
+            for start, nbytes, dtype, shape in zip(
+                self._ends[:-1], self._sizes, self.dtypes, self.shapes, strict=True
+            )
         ]
 
 

@@ -1,6 +1,6 @@
 """Parameters and optimizer state, and the compiled functions that work on them."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,26 @@ import numpy as np
 import optax
 import ray
 
-from optax_dcasgd.parameter_server._transport import Layout, from_raw, to_raw
+from optax_dcasgd.parameter_server._transport import Layout, Packed, from_raw, to_raw
+
+_AT_ONCE = 8  # small gradients applied by one call
+
+
+class Version(NamedTuple):
+    """The parameters after so many updates, as they were sent out."""
+
+    number: int
+    message: Any  # bytes, or a reference to what is in Ray's object store
+    params: Any  # the same, as a tree
+
+
+class Gradient(NamedTuple):
+    """A gradient to apply."""
+
+    packed: Packed
+    version: Version  # of the parameters that it was computed at
+    worker: int
+    staleness: int
 
 
 class Update:
@@ -21,88 +40,123 @@ class Update:
     """
 
     def __init__(
-        self, tx: optax.GradientTransformation, params: Any, layouts: tuple[Layout, Layout]
+        self,
+        tx: optax.GradientTransformation,
+        params: Any,
+        layouts: tuple[Layout, Layout, Layout],  # of parameters, gradients, gradients as sent
     ):
-        """``layouts``: those of the parameters, and of a gradient as grad_fn returns it."""
-        self._layout, of_grads = layouts
+        self._layout, of_grads, self._transported = layouts
         self._params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
         optimizer = optax.with_extra_args_support(tx)
         self._state = optimizer.init(self._params)
         self._on_cpu = jax.default_backend() == "cpu"
         dtypes = of_grads.dtypes  # as grad_fn returns them, whatever they were sent as
+        treedef = self._layout.treedef
 
-        def unflatten(grads: list[Any]) -> Any:
+        def step(params: Any, state: Any, grads: Any, stale: Any, worker: Any, tau: Any) -> Any:
+            extra = {"stale_params": stale, "worker": worker, "staleness": tau}
+            return optimizer.update(grads, state, params, **extra)
+
+        def to_tree(grads: list[Any]) -> Any:
             leaves = [g.astype(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
-            return self._layout.treedef.unflatten(leaves)
+            return treedef.unflatten(leaves)
 
-        def apply(params: Any, state: Any, grads: Any, stale: Any, worker: Any, tau: Any) -> Any:
-            updates, state = optimizer.update(
-                unflatten(grads), state, params, stale_params=stale, worker=worker, staleness=tau
-            )
+        def apply(params: Any, state: Any, grads: Any, *rest: Any) -> Any:
+            updates, state = step(params, state, to_tree(grads), *rest)
             return optax.apply_updates(params, updates), state
 
-        def compensation(
-            params: Any, state: Any, grads: Any, stale: Any, worker: Any, tau: Any
-        ) -> Any:
-            def update(grads: Any, stale: Any) -> Any:
-                extra = {"stale_params": stale, "worker": worker, "staleness": tau}
-                return optimizer.update(grads, state, params, **extra)[0]
+        def apply_stacked(params: Any, state: Any, num: Any, stacked: Any) -> Any:
+            def one(i: Any, carry: Any) -> Any:
+                grads, stale, worker, tau = jax.tree.map(lambda x: x[i], stacked)
+                return apply(*carry, grads, treedef.unflatten(stale), worker, tau)
 
-            grads = unflatten(grads)
+            return jax.lax.fori_loop(0, num, one, (params, state))
+
+        def compensation(params: Any, state: Any, grads: Any, stale: Any, *rest: Any) -> Any:
+            def update(grads: Any, stale: Any) -> Any:
+                return step(params, state, grads, stale, *rest)[0]
+
+            grads = to_tree(grads)
             plain = update(grads, params)
             nothing = update(jax.tree.map(jnp.zeros_like, grads), params)
             added = optax.tree.norm(optax.tree.sub(update(grads, stale), plain))
             return added / optax.tree.norm(optax.tree.sub(plain, nothing))
 
-        def mean(grads: list[Any]) -> Any:
-            return [
+        def apply_mean(params: Any, state: Any, grads: Any, *rest: Any) -> Any:
+            mean = [
                 jnp.mean(jnp.stack([leaf.astype(dtype) for leaf in leaves]), 0)
                 for leaves, dtype in zip(zip(*grads, strict=True), dtypes, strict=True)
             ]
+            return apply(params, state, mean, *rest)
 
-        self._apply = jax.jit(apply, donate_argnums=(0, 1) if self._on_cpu else 1)
+        donated = (0, 1) if self._on_cpu else 1
+        self._apply = jax.jit(apply, donate_argnums=donated)
+        self._apply_stacked = jax.jit(apply_stacked, donate_argnums=donated)
+        self._apply_mean = jax.jit(apply_mean, donate_argnums=donated)
         self._compensation = jax.jit(compensation)
-        self._mean = jax.jit(mean)
 
-    def publish(self) -> tuple[Any, Any]:
-        """The current version: what is sent to workers, and what it is known by here."""
+    def publish(self, number: int) -> Version:
+        """The current parameters, to be sent out."""
         packed = self._layout.pack(self.params_to_host())
         if isinstance(packed, bytes):
-            return packed, self._layout.treedef.unflatten(self._layout.unpack(packed))
+            return Version(number, packed, self._tree(self._layout.unpack(packed)))
         message = ray.put(packed)
         if not self._on_cpu:
-            return message, self._params
+            return Version(number, message, self._params)
         leaves = self._layout.unpack(ray.get(message))
-        return message, self._layout.treedef.unflatten(_put(leaves))
+        return Version(number, message, self._tree(_put(leaves)))
 
-    def apply(self, grads: Any, stale: Any, worker: int, staleness: int) -> None:
-        """One update."""
-        self._params, self._state = self._apply(
-            *(self._params, self._state, self._place(grads), stale),
-            *(np.int32(worker), np.int32(staleness)),
-        )
+    def apply(self, grads: list[Gradient]) -> None:
+        """One update after another.
 
-    def compensation(self, grads: Any, stale: Any, worker: int, staleness: int) -> float:
+        Small gradients go into one compiled loop, however many they are: the same program for one
+        and for several, so that the result is the same to the bit.
+        """
+        if not (self._layout.is_small and self._transported.is_small):
+            for gradient in grads:
+                arguments = self._arguments(gradient)
+                self._params, self._state = self._apply(self._params, self._state, *arguments)
+            return
+        for start in range(0, len(grads), _AT_ONCE):
+            some = grads[start : start + _AT_ONCE]
+            stacked = (
+                self._transported.unpack_stacked([g.packed for g in some], _AT_ONCE),
+                self._layout.unpack_stacked([g.version.message for g in some], _AT_ONCE),
+                np.resize(np.array([g.worker for g in some], np.int32), _AT_ONCE),
+                np.resize(np.array([g.staleness for g in some], np.int32), _AT_ONCE),
+            )
+            self._params, self._state = self._apply_stacked(
+                self._params, self._state, np.int32(len(some)), stacked
+            )
+
+    def apply_mean(self, grads: list[Gradient]) -> None:
+        """One update with their mean; all are of the current version."""
+        leaves = [self._arguments(gradient)[0] for gradient in grads]
+        rest = (grads[0].version.params, np.int32(0), np.int32(0))
+        self._params, self._state = self._apply_mean(self._params, self._state, leaves, *rest)
+
+    def compensation(self, gradient: Gradient) -> float:
         r"""How much of what an update does is due to the staleness of its gradient.
 
         :math:`\|u(g, w_s) - u(g, w)\| / \|u(g, w) - u(0, w)\|` with the optimizer's update u: for
         an optimizer that is linear in the gradient, the norm of the compensation over that of the
         gradient.
         """
-        return float(
-            self._compensation(
-                *(self._params, self._state, self._place(grads), stale),
-                *(np.int32(worker), np.int32(staleness)),
-            )
+        return float(self._compensation(self._params, self._state, *self._arguments(gradient)))
+
+    def _arguments(self, gradient: Gradient) -> tuple[Any, Any, Any, Any]:
+        leaves = self._transported.unpack(gradient.packed)
+        if not self._transported.is_small:
+            leaves = _put(leaves)
+        return (
+            leaves,
+            gradient.version.params,
+            np.int32(gradient.worker),
+            np.int32(gradient.staleness),
         )
 
-    def mean(self, grads: list[list[Any]]) -> list[Any]:
-        """The mean of several gradients."""
-        mean: list[Any] = self._mean(grads)
-        return mean
-
-    def _place(self, grads: list[Any]) -> list[Any]:
-        return grads if self._layout.is_small else _put(grads)
+    def _tree(self, leaves: list[Any]) -> Any:
+        return self._layout.treedef.unflatten(leaves)
 
     def params_to_host(self) -> list[np.ndarray]:
         """The leaves; on a CPU, only until the next update."""

@@ -73,7 +73,7 @@ class Worker:
         """
         start = time.perf_counter()
         index, _ = TASK.unpack_from(task)
-        leaves = self._params.unpack(*((task, TASK.size) if params is None else (params,)))
+        leaves = self._params.unpack(memoryview(task)[TASK.size :] if params is None else params)
         if params is not None:
             leaves = [jax.device_put(leaf) for leaf in leaves]  # without a copy, on a CPU
         try:
