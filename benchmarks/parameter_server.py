@@ -299,7 +299,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="of the speed comparison")
     parser.add_argument("--out", type=pathlib.Path, help="where to write the JSON")
     args = parser.parse_args()
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     report = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__,

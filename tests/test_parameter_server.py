@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +33,7 @@ def started_ray():
     ray.cloudpickle.register_pickle_by_value(cases)  # the workers cannot import it
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -258,8 +260,6 @@ def test_resizing_what_is_not_there():
     ],
 )
 def test_bad_gradients_are_refused(fault, message, tmp_path):
-    import re
-
     batches = cases.Faulty(tmp_path, {5, 30, 31}, fault)
     result = train(100, batches=batches, grad_fn=cases.sized_grad_fn)
     refused = [event for event in result.events if event.kind == "refused"]
@@ -442,7 +442,9 @@ def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(tmp_path):
 
 
 def test_a_node_that_disappears_costs_its_workers_only(tmp_path):
-    script = CLUSTER_SCRIPT.format(tests=str(pathlib.Path(__file__).parent))
+    script = CLUSTER_SCRIPT.format(
+        tests=str(pathlib.Path(__file__).parent), directory=str(tmp_path)
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=180, check=False
     )
@@ -453,7 +455,7 @@ def test_a_node_that_disappears_costs_its_workers_only(tmp_path):
 CLUSTER_SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-import collections, threading, time
+import pathlib, threading, time
 import parameter_server_cases as cases
 from ray import cloudpickle
 cloudpickle.register_pickle_by_value(cases)
@@ -461,27 +463,36 @@ import ray
 from ray.cluster_utils import Cluster
 from optax_dcasgd import parameter_server
 
-head = {{"num_cpus": 2, "include_dashboard": False}}
-cluster = Cluster(initialize_head=True, head_node_args=head)
-nodes = [cluster.add_node(num_cpus=2, resources={{"side": 2}}) for _ in range(2)]
-ray.init(address=cluster.address, log_to_driver=False)
-removed = threading.Timer(12, lambda: cluster.remove_node(nodes[1], allow_graceful=False))
-removed.start()
-result = parameter_server.train(
-    cases.grad_fn, cases.PARAMS, cases.TX, cases.Batches(0.04), num_workers=4, num_updates=1500,
-    progress=False, worker_options={{"resources": {{"side": 1}}}}, server_options={{"num_cpus": 1}},
+batches = cases.Faulty({directory!r}, {{400}}, lambda batch: batch, pause=0.03)  # only a sign
+
+def remove(node):
+    while not pathlib.Path({directory!r}, "fault-400").exists():
+        time.sleep(0.1)
+    cluster.remove_node(node, allow_graceful=False)
+
+cluster = Cluster(
+    initialize_head=True, head_node_args={{"num_cpus": 2, "include_dashboard": False}}
 )
-removed.join()
-kinds = collections.Counter(event.kind for event in result.events)
-lost = {{event.worker for event in result.events if event.kind == "worker lost"}}
-assert len(lost) == 2, result.events
-last = {{i: (result.history.worker == i).nonzero()[0][-1] for i in range(4)}}
-assert all((last[i] > 1450) == (i not in lost) for i in last), last
-batches = result.history.batch.tolist()
-assert len(set(batches)) == len(batches) == 1500
-print("as it should")
-ray.shutdown()
-cluster.shutdown()
+try:
+    nodes = [cluster.add_node(num_cpus=2, resources={{"side": 2}}) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    removed = threading.Thread(target=remove, args=(nodes[1],))
+    removed.start()
+    result = parameter_server.train(
+        cases.grad_fn, cases.PARAMS, cases.TX, batches, num_workers=4, num_updates=1500,
+        progress=False, worker_options={{"resources": {{"side": 1}}}},
+    )
+    removed.join()
+    lost = {{event.worker for event in result.events if event.kind == "worker lost"}}
+    assert len(lost) == 2, result.events
+    last = {{i: (result.history.worker == i).nonzero()[0][-1] for i in range(4)}}
+    assert all((last[i] > 1450) == (i not in lost) for i in last), last
+    used = result.history.batch.tolist()
+    assert len(set(used)) == len(used) == 1500
+    print("as it should")
+finally:
+    ray.shutdown()
+    cluster.shutdown()
 """
 
 
@@ -531,3 +542,26 @@ def test_compensation_of_plain_sgd_is_that_of_the_gradient():
         versions.append(
             jax.tree.map(lambda w, g, c: w - rate * (g + c), versions[-1], grads, added)
         )
+
+
+# The example.
+
+
+def test_the_example(tmp_path):
+    example = pathlib.Path(__file__).parents[1] / "examples" / "ray_parameter_server.py"
+    options = ["--gradients", "120", "--compute-time", "0.005", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(example), *options],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("asgd.npz", "dc-asgd.npz", "results.json", "staleness.png"),
+    }
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows["SSGD"]["updates"] == 30
+    assert rows["SSGD"]["largest staleness"] == 0 < rows["ASGD"]["largest staleness"]
+    for method in ("SSGD", "ASGD", "DC-ASGD"):
+        assert re.search(rf"^{method} +[\d.]+%", done.stdout, re.MULTILINE)
+    arrivals = simulation.Arrivals.load(tmp_path / "asgd.npz")
+    assert len(arrivals.worker) == 120

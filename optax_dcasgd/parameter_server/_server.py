@@ -148,8 +148,8 @@ class Server:
             ready, rest = ray.wait(waiting, timeout=left)
             if ready and rest:
                 ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-            for ref in ready:
-                self._receive(ref)
+            for ref, answer in zip(ready, _answers(ready), strict=True):
+                self._receive(ref, answer)
             self._apply()
         self._retire()
         return self._status()
@@ -200,18 +200,14 @@ class Server:
 
     # Push.
 
-    def _receive(self, ref: ray.ObjectRef[Any]) -> None:
+    def _receive(self, ref: ray.ObjectRef[Any], answer: Any) -> None:
         if (index := self._waking.pop(ref, None)) is not None:
-            self._receive_worker(index, ref)
+            self._receive_worker(index, answer)
             return
         pull = self._pulls.pop(ref)
-        try:
-            answer = ray.get(ref)
-        except ray.exceptions.RayTaskError:
-            raise
-        except ray.exceptions.RayError as error:
+        if isinstance(answer, ray.exceptions.RayError):
             self._again.append(pull.batch)
-            self._lost(pull.worker, error)
+            self._lost(pull.worker, answer)
             return
         if isinstance(answer, str):
             self._refuse(pull, answer)
@@ -229,16 +225,15 @@ class Server:
         ref = self._workers[index].ready.options(max_task_retries=-1).remote()
         self._waking[ref] = index
 
-    def _receive_worker(self, index: int, ref: ray.ObjectRef[Any]) -> None:
-        try:
-            ray.get(ref)
-        except ray.exceptions.ActorDiedError as error:
+    def _receive_worker(self, index: int, answer: Any) -> None:
+        """That a worker is back, or not."""
+        if isinstance(answer, ray.exceptions.ActorDiedError):
             del self._workers[index]
-            self._event("worker gone", index, str(error).strip())
+            self._event("worker gone", index, str(answer).strip())
             if not self._workers:
-                self._failure = f"No worker is left; the last one: {str(error).strip()}"
-        except ray.exceptions.RayError as error:
-            self._lost(index, error)
+                self._failure = f"No worker is left; the last one: {str(answer).strip()}"
+        elif isinstance(answer, ray.exceptions.RayError):
+            self._lost(index, answer)
         else:
             self._event("worker back", index, "restarted")
             self._idle.append(index)
@@ -392,3 +387,13 @@ class Server:
         return Status(
             self._version, loss, staleness, events, self._num_workers, retired, self._failure
         )
+
+
+def _answers(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
+    """What the calls returned; for those that Ray could not finish, the error."""
+    try:
+        return list(ray.get(refs))
+    except ray.exceptions.RayTaskError:
+        raise  # a worker catches what grad_fn and batches raise, so this is an error of its own
+    except ray.exceptions.RayError as error:
+        return [error] if len(refs) == 1 else [x for ref in refs for x in _answers([ref])]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from optax_dcasgd.parameter_server._transport import Layout, from_raw
 from optax_dcasgd.simulation._run import check_batches, check_returned
 
 _NAMESPACE = "optax_dcasgd"
+_EMBEDDED = {"address": "local", "include_dashboard": False}
 _REPORT_EVERY = 0.5  # seconds
 _log = logging.getLogger("optax_dcasgd.parameter_server")
 
@@ -85,8 +87,9 @@ def train(
         three more evaluations of the optimizer; None for never.
       max_bad_pushes: How many gradients may be refused before training stops.
       name: A name for the run, by which `resize` finds it and metrics are tagged.
-      address: Of a running Ray cluster, as in ``ray.init``. Without it, and if Ray is not
-        initialised, Ray is started on this machine, and stopped at the end.
+      address: Of a running Ray cluster, as in ``ray.init``: "auto" on one of its nodes. Without it,
+        without the environment's RAY_ADDRESS, and if Ray is not initialised, Ray is started on this
+        machine, and stopped at the end.
       worker_options: Options of Ray for each worker's actor, such as ``{"num_gpus": 1}`` or
         ``{"num_cpus": 4, "resources": {...}}``. By default workers are spread over the nodes.
       server_options: The same for the server's.
@@ -192,7 +195,9 @@ def train(
         with warnings.catch_warnings():
             # Ray starts programs of its own, which never return to the forked process.
             warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-            ray.init(**({"include_dashboard": False} if address is None else {"address": address}))
+            # Set where a job has been submitted to a cluster.
+            address = address or os.environ.get("RAY_ADDRESS")
+            ray.init(**({"address": address} if address else _EMBEDDED))
     elif address is not None:
         raise ValueError("address has no effect: Ray is initialised already. Leave it out.")
     try:
