@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
             arrivals.save(args.out / f"{method.lower()}.npz")
     print(f"\n{args.workers} workers, one of them {args.slowdown:g} times slower; "
           f"{args.gradients} gradients, learning rate {args.learning_rate:g}\n")  # fmt: skip
-    columns = ("test accuracy", "updates", "gradients/s", "staleness", "largest", "what happened")
+    columns = ("test accuracy", "updates", "gradients/s", "staleness", "largest", "  what happened")
     widths = (16, 9, 13, 11, 9, 0)
     print(f"{'':9}" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
     for method, row in rows.items():

@@ -72,11 +72,7 @@ class Result(NamedTuple):
     def stragglers(self, ratio: float = 2.0) -> list[Straggler]:
         """The workers whose median time for a gradient is ``ratio`` times the others' or more."""
         worker, seconds = self.history.worker, self.history.seconds
-        # A worker's first gradient includes the time to compile, and is left out if there are more.
-        medians = {
-            int(i): float(np.median(of[1:] if (of := seconds[worker == i]).size > 1 else of))
-            for i in np.unique(worker)
-        }
+        medians = {int(i): float(np.median(seconds[worker == i])) for i in np.unique(worker)}
         found = []
         for i, median in medians.items():
             others = [m for j, m in medians.items() if j != i]

@@ -92,9 +92,10 @@ class Server:
         self._limit = options.max_staleness if options.on_stale == "wait" else None
         self._workers = dict(workers)
         self._num_workers = options.num_workers
-        self._idle = collections.deque(sorted(workers))
+        self._idle: collections.deque[int] = collections.deque()
         self._pulls: dict[ray.ObjectRef[Any], _Pull] = {}
         self._waking: dict[ray.ObjectRef[Any], int] = {}
+        self._lost: set[int] = set()  # those of the waking that were there before
         self._pushes: list[_Push] = []
         self._retired: list[int] = []
         self._to_apply: list[Gradient] = []  # counted already
@@ -113,6 +114,8 @@ class Server:
             self._checkpoints = Checkpoints(options.checkpoint_dir)
             if (version := self._checkpoints.latest()) is not None:
                 self._restore(version)
+        for index in sorted(workers):
+            self._wake(index)
         self._started = time.monotonic() - self._time
 
     # What the driver calls.
@@ -124,10 +127,9 @@ class Server:
     def attach(self, workers: dict[int, Any], num_workers: int) -> None:
         """Takes these workers on; those with an index of num_workers or more will leave."""
         self._num_workers = num_workers
-        for index, handle in workers.items():
-            if index not in self._workers:
-                self._idle.append(index)
-            self._workers[index] = handle
+        for index in workers.keys() - self._workers.keys():
+            self._workers[index] = workers[index]
+            self._wake(index)
 
     def resize(self, num_workers: int) -> None:
         """Wishes for so many workers; the driver makes new ones."""
@@ -171,8 +173,10 @@ class Server:
 
     def _send_out(self) -> None:
         """Gives every idle worker that may pull a batch and the newest parameters."""
-        if self._options.mode == "sync" and (self._pulls or self._pushes):
-            return  # until the round is over
+        if self._options.mode == "sync" and (
+            self._pulls or self._pushes or set(self._waking.values()) - self._lost
+        ):
+            return  # until the round is over, and those that are new are there
         for _ in range(len(self._idle)):
             if self._limit is not None and not _bound.may_pull(self._under_way(), self._limit):
                 return
@@ -207,7 +211,7 @@ class Server:
         pull = self._pulls.pop(ref)
         if isinstance(answer, ray.exceptions.RayError):
             self._again.append(pull.batch)
-            self._lost(pull.worker, answer)
+            self._lose(pull.worker, answer)
             return
         if isinstance(answer, str):
             self._refuse(pull, answer)
@@ -218,10 +222,14 @@ class Server:
         loss, seconds = RESULT.unpack_from(header)
         self._pushes.append(_Push(pull, loss, seconds, packed))
 
-    def _lost(self, index: int, error: Exception) -> None:
+    def _lose(self, index: int, error: Exception) -> None:
         reason = str(error).strip().splitlines()[0]
         self._event("worker lost", index, f"{type(error).__name__}: {reason}")
-        # Queued by Ray until the worker has been restarted.
+        self._lost.add(index)
+        self._wake(index)
+
+    def _wake(self, index: int) -> None:
+        # Queued by Ray until the worker has been started, or restarted.
         ref = self._workers[index].ready.options(max_task_retries=-1).remote()
         self._waking[ref] = index
 
@@ -233,9 +241,11 @@ class Server:
             if not self._workers:
                 self._failure = f"No worker is left; the last one: {str(answer).strip()}"
         elif isinstance(answer, ray.exceptions.RayError):
-            self._lost(index, answer)
+            self._lose(index, answer)
         else:
-            self._event("worker back", index, "restarted")
+            if index in self._lost:
+                self._lost.remove(index)
+                self._event("worker back", index, "restarted")
             self._idle.append(index)
 
     def _refuse(self, pull: _Pull, reason: str) -> None:

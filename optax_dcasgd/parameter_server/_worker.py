@@ -1,5 +1,6 @@
 """The worker: one gradient at the parameters that it is sent."""
 
+import contextlib
 import struct
 import time
 import traceback
@@ -58,7 +59,12 @@ class Worker:
         self._gradient = gradient
 
     def ready(self) -> None:
-        """Returns when the worker is there."""
+        """Compiles the gradient, on batch 0, so that the first real one is not stale for that."""
+        zeros = [np.zeros(*x) for x in zip(self._params.shapes, self._params.dtypes, strict=True)]
+        with contextlib.suppress(Exception):  # what is wrong shows with the real ones
+            batch = get_batch(self._batches, 0)
+            params = self._params.treedef.unflatten(zeros)
+            jax.block_until_ready(self._gradient(params, batch, self._key, np.int32(0)))
 
     def gradient(self, task: bytes, params: Any = None) -> Any:
         """Computes a gradient.
