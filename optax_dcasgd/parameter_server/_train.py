@@ -64,8 +64,9 @@ def train(
       params: The initial parameters, a pytree of arrays.
       tx: Any Optax optimizer.
       batches: A function from an int i to batch i, called by the workers (for batch 0 also to
-        compile, and by the caller to check the shapes); or a pytree whose leaves have a leading axis of any size n: batch i is
-        ``leaf[i % n]``. A batch that was lost with a worker, or dropped, goes to another worker.
+        compile, and by the caller to check the shapes); or a pytree whose leaves have a leading
+        axis of any size n: batch i is ``leaf[i % n]``. A batch that was lost with a worker, or
+        dropped, goes to another worker.
       num_workers: M, the number of workers.
       num_updates: How many gradients to apply, with those before a resumed checkpoint.
       mode: "async", or "sync": one update with the mean of all workers' gradients at the same
