@@ -400,8 +400,9 @@ class _Driver:
 
 
 def _bar(total: int, done: int) -> Any:
+    """A progress bar, or None without tqdm."""
     try:
         import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install tqdm.") from error
+    except ImportError:
+        return None
     return tqdm.tqdm(total=total, initial=done, unit="push")
