@@ -1,9 +1,6 @@
-"""`train`: the driver, which starts the actors, watches over them and reports."""
+"""`train` and `resize`: what users call."""
 
-import logging
-import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,15 +11,12 @@ import numpy as np
 import optax
 
 from optax_dcasgd import _arguments, _trees
-from optax_dcasgd.parameter_server import _checkpoint, _history
-from optax_dcasgd.parameter_server._history import Event, Result
-from optax_dcasgd.parameter_server._transport import Layout, from_raw
+from optax_dcasgd.parameter_server import _checkpoint
+from optax_dcasgd.parameter_server._history import Result
+from optax_dcasgd.parameter_server._transport import Layout
 from optax_dcasgd.simulation._run import check_batches, check_returned
 
-_NAMESPACE = "optax_dcasgd"
 _EMBEDDED = {"address": "local", "include_dashboard": False}
-_REPORT_EVERY = 0.5  # seconds
-_log = logging.getLogger("optax_dcasgd.parameter_server")
 
 
 def train(
@@ -176,6 +170,7 @@ def train(
         checkpoint_dir = _checkpoint.check(
             checkpoint_dir, signature, resume=resume, num_updates=num_updates
         )
+    from optax_dcasgd.parameter_server._driver import Driver
     from optax_dcasgd.parameter_server._server import Options
 
     options = Options(
@@ -203,7 +198,7 @@ def train(
         raise ValueError("address has no effect: Ray is initialised already. Leave it out.")
     try:
         worker_args = (grad_fn, batches, key, *layouts)
-        with _Driver(worker_args, tx, params, options, worker_options, server_options) as driver:
+        with Driver(worker_args, tx, params, options, worker_options, server_options) as driver:
             driver.train(progress)
             return driver.result()
     finally:
@@ -229,8 +224,10 @@ def resize(name: str, num_workers: int) -> None:
     """
     _arguments.check_integer("num_workers", num_workers, minimum=1)
     ray = _import_ray()
+    from optax_dcasgd.parameter_server._driver import NAMESPACE
+
     try:
-        server = ray.get_actor(name, namespace=_NAMESPACE)
+        server = ray.get_actor(name, namespace=NAMESPACE)
     except ValueError as error:
         raise ValueError(f"There is no run of the name {name!r} on this Ray cluster.") from error
     ray.get(server.resize.remote(num_workers))
@@ -242,167 +239,3 @@ def _import_ray() -> Any:
     except ImportError as error:
         raise ImportError('parameter_server needs Ray: pip install "optax-dcasgd[ray]".') from error
     return ray
-
-
-class _Driver:
-    """Owns the actors of one run."""
-
-    def __init__(
-        self,
-        worker_args: tuple[Any, ...],
-        tx: optax.GradientTransformation,
-        params: Any,
-        options: Any,
-        worker_options: Mapping[str, Any] | None,
-        server_options: Mapping[str, Any] | None,
-    ):
-        import ray
-
-        from optax_dcasgd.parameter_server._server import Server
-        from optax_dcasgd.parameter_server._worker import Worker
-
-        self._ray: Any = ray
-        self._options, self._params = options, params
-        self._events: list[Event] = []
-        self._workers: dict[int, Any] = {}
-        self._version = 0
-        self._wished = options.num_workers
-        self._state_like = jax.eval_shape(tx.init, params)
-        usual = {"max_restarts": -1, "enable_task_events": False}
-        self._worker_class = ray.remote(Worker).options(
-            **{**usual, "scheduling_strategy": "SPREAD", **(worker_options or {})}
-        )
-        # Put once, however many workers there are; and kept, since a restart needs them again.
-        self._worker_args = [ray.put(arg) for arg in worker_args]
-        self._make_workers(options.num_workers)
-        # Without checkpoints there is nothing to restart from.
-        named = {} if options.name is None else {"name": options.name, "namespace": _NAMESPACE}
-        restarts = {"max_restarts": 0 if options.checkpoint_dir is None else -1}
-        host_params = jax.tree.map(np.asarray, params)
-        server_class = ray.remote(Server).options(
-            **{**usual, **restarts, **named, **(server_options or {})}
-        )
-        self._server_args = [ray.put(tx), ray.put(host_params)]
-        self._server: Any = server_class.remote(
-            *self._server_args, worker_args[3:], options, self._workers
-        )
-
-    def __enter__(self) -> "_Driver":
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        for actor in [*self._workers.values(), self._server]:
-            self._ray.kill(actor)
-
-    def _make_workers(self, num_workers: int) -> None:
-        for index in range(num_workers):
-            if index not in self._workers:
-                self._workers[index] = self._worker_class.remote(*self._worker_args)
-
-    def train(self, progress: bool) -> None:
-        """Until all updates are done."""
-        self._version = self._ray.get(self._server.ready.remote())
-        bar = _bar(self._options.num_updates, self._version) if progress else None
-        try:
-            while True:
-                status = self._advance()
-                self._version = status.version
-                if bar is not None:
-                    bar.update(status.version - bar.n)
-                    if not math.isnan(status.loss):
-                        bar.set_postfix(
-                            loss=f"{status.loss:.4g}", staleness=f"{status.staleness:.1f}"
-                        )
-                if status.failure is not None:
-                    self._save()
-                    raise RuntimeError(status.failure)
-                if status.version >= self._options.num_updates:
-                    self._save()
-                    return
-        except KeyboardInterrupt:
-            version = self._save()
-            if version is not None:
-                _log.warning("Interrupted; a checkpoint of %d updates was written.", version)
-            raise
-        finally:
-            if bar is not None:
-                bar.close()
-
-    def _advance(self) -> Any:
-        """Lets the server train for a while, and brings it back if it dies."""
-        died_at = None
-        while True:
-            try:
-                if died_at is not None:
-                    ready = self._server.ready.options(max_task_retries=-1).remote()
-                    version = self._ray.get(ready)
-                    if version == died_at:
-                        raise RuntimeError(f"The server died twice in a row at {version} updates.")
-                    died_at = version
-                    self._attach()
-                status = self._ray.get(self._server.advance.remote(_REPORT_EVERY))
-                break
-            except self._ray.exceptions.RayActorError as error:
-                if self._options.checkpoint_dir is None:
-                    raise RuntimeError(
-                        f"The server died after about {self._version} updates, and without "
-                        "checkpoint_dir there is nothing to go on from."
-                    ) from error
-                reason = str(error).strip().splitlines()[0]
-                message = f"after at least {self._version} updates: {reason}"
-                self._event(Event(time.time(), "server lost", None, message))
-                died_at = -1 if died_at is None else died_at
-        self._wished = status.num_workers
-        for event in status.events:
-            self._event(event)
-        for index in status.retired:
-            self._ray.kill(self._workers.pop(index))
-        if status.num_workers > len(self._workers):
-            self._make_workers(status.num_workers)
-            self._attach()
-        return status
-
-    def _attach(self) -> None:
-        self._ray.get(self._server.attach.remote(self._workers, self._wished))
-
-    def _event(self, event: Event) -> None:
-        self._events.append(event)
-        who = "" if event.worker is None else f" (worker {event.worker})"
-        _log.warning("%s%s: %s", event.kind, who, event.message)
-
-    def _save(self) -> int | None:
-        try:
-            version: int | None = self._ray.get(self._server.save.remote())
-        except Exception as error:
-            self._event(Event(time.time(), "checkpoint failed", None, str(error)))
-            return None
-        return version
-
-    def result(self) -> Result:
-        """What `train` returns."""
-        params, state, rows = self._ray.get(self._server.result.remote())
-        history = _history.to_columns(rows)
-        is_async = self._options.mode == "async"
-        arrivals = _history.to_arrivals(history, self._options.num_workers) if is_async else None
-        result = Result(
-            from_raw(self._params, params),
-            from_raw(self._state_like, state),
-            history,
-            arrivals,
-            tuple(self._events),
-        )
-        for straggler in result.stragglers():
-            _log.warning(
-                "worker %d takes %.3g s for a gradient, %.1f times as long as the others.",
-                *straggler,
-            )
-        return result
-
-
-def _bar(total: int, done: int) -> Any:
-    """A progress bar, or None without tqdm."""
-    try:
-        import tqdm
-    except ImportError:
-        return None
-    return tqdm.tqdm(total=total, initial=done, unit="push")

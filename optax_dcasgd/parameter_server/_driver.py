@@ -1,0 +1,185 @@
+"""The driver, which runs where `train` is called: it starts the actors and watches over them."""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import ray
+
+from optax_dcasgd.parameter_server import _history
+from optax_dcasgd.parameter_server._history import Event, Result
+from optax_dcasgd.parameter_server._server import Options, Server
+from optax_dcasgd.parameter_server._transport import from_raw
+from optax_dcasgd.parameter_server._worker import Worker
+
+NAMESPACE = "optax_dcasgd"  # of the server's name, in Ray
+_REPORT_EVERY = 0.5  # seconds
+_log = logging.getLogger("optax_dcasgd.parameter_server")
+
+
+class Driver:
+    """Owns the actors of one run."""
+
+    def __init__(
+        self,
+        worker_args: tuple[Any, ...],
+        tx: optax.GradientTransformation,
+        params: Any,
+        options: Options,
+        worker_options: Mapping[str, Any] | None,
+        server_options: Mapping[str, Any] | None,
+    ):
+        self._options, self._params = options, params
+        self._events: list[Event] = []
+        self._workers: dict[int, Any] = {}
+        self._version = 0
+        self._wished = options.num_workers
+        self._state_like = jax.eval_shape(tx.init, params)
+        usual = {"max_restarts": -1, "enable_task_events": False}
+        self._worker_class = ray.remote(Worker).options(
+            **{**usual, "scheduling_strategy": "SPREAD", **(worker_options or {})}
+        )
+        # Put once, however many workers there are; and kept, since a restart needs them again.
+        self._worker_args = [ray.put(arg) for arg in worker_args]
+        self._make_workers(options.num_workers)
+        # Without checkpoints there is nothing to restart from.
+        named = {} if options.name is None else {"name": options.name, "namespace": NAMESPACE}
+        restarts = {"max_restarts": 0 if options.checkpoint_dir is None else -1}
+        host_params = jax.tree.map(np.asarray, params)
+        server_class = ray.remote(Server).options(
+            **{**usual, **restarts, **named, **(server_options or {})}
+        )
+        self._server_args = [ray.put(tx), ray.put(host_params)]
+        self._server: Any = server_class.remote(
+            *self._server_args, worker_args[3:], options, self._workers
+        )
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        """Calls the server; again, if it has to be restarted before it answers."""
+        retries = 0 if self._options.checkpoint_dir is None else -1
+        call = getattr(self._server, method).options(max_task_retries=retries)
+        return ray.get(call.remote(*args))
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        for actor in [*self._workers.values(), self._server]:
+            ray.kill(actor)
+
+    def _make_workers(self, num_workers: int) -> None:
+        for index in range(num_workers):
+            if index not in self._workers:
+                self._workers[index] = self._worker_class.remote(*self._worker_args)
+
+    def train(self, progress: bool) -> None:
+        """Until all updates are done."""
+        self._version = self._ask("ready")
+        bar = _bar(self._options.num_updates, self._version) if progress else None
+        try:
+            while True:
+                status = self._advance()
+                self._version = status.version
+                if bar is not None:
+                    bar.update(status.version - bar.n)
+                    if not math.isnan(status.loss):
+                        bar.set_postfix(
+                            loss=f"{status.loss:.4g}", staleness=f"{status.staleness:.1f}"
+                        )
+                if status.failure is not None:
+                    self._save()
+                    raise RuntimeError(status.failure)
+                if status.version >= self._options.num_updates:
+                    self._save()
+                    return
+        except KeyboardInterrupt:
+            version = self._save()
+            if version is not None:
+                _log.warning("Interrupted; a checkpoint of %d updates was written.", version)
+            raise
+        finally:
+            if bar is not None:
+                bar.close()
+
+    def _advance(self) -> Any:
+        """Lets the server train for a while, and brings it back if it dies."""
+        died_at = None
+        while True:
+            try:
+                if died_at is not None:
+                    version = self._ask("ready")
+                    if version == died_at:
+                        raise RuntimeError(f"The server died twice in a row at {version} updates.")
+                    died_at = version
+                    self._attach()
+                status = ray.get(self._server.advance.remote(_REPORT_EVERY))
+                break
+            except ray.exceptions.RayActorError as error:
+                if self._options.checkpoint_dir is None:
+                    raise RuntimeError(
+                        f"The server died after about {self._version} updates, and without "
+                        "checkpoint_dir there is nothing to go on from."
+                    ) from error
+                reason = str(error).strip().splitlines()[0]
+                message = f"after at least {self._version} updates: {reason}"
+                self._event(Event(time.time(), "server lost", None, message))
+                died_at = -1 if died_at is None else died_at
+        self._wished = status.num_workers
+        for event in status.events:
+            self._event(event)
+        for index in status.retired:
+            ray.kill(self._workers.pop(index))
+        if status.num_workers > len(self._workers):
+            self._make_workers(status.num_workers)
+            self._attach()
+        return status
+
+    def _attach(self) -> None:
+        self._ask("attach", self._workers, self._wished)
+
+    def _event(self, event: Event) -> None:
+        self._events.append(event)
+        who = "" if event.worker is None else f" (worker {event.worker})"
+        _log.warning("%s%s: %s", event.kind, who, event.message)
+
+    def _save(self) -> int | None:
+        try:
+            version: int | None = self._ask("save")
+        except Exception as error:
+            self._event(Event(time.time(), "checkpoint failed", None, str(error)))
+            return None
+        return version
+
+    def result(self) -> Result:
+        """What `train` returns."""
+        params, state, rows = self._ask("result")
+        history = _history.to_columns(rows)
+        is_async = self._options.mode == "async"
+        arrivals = _history.to_arrivals(history, self._options.num_workers) if is_async else None
+        result = Result(
+            from_raw(self._params, params),
+            from_raw(self._state_like, state),
+            history,
+            arrivals,
+            tuple(self._events),
+        )
+        for straggler in result.stragglers():
+            _log.warning(
+                "worker %d takes %.3g s for a gradient, %.1f times as long as the others.",
+                *straggler,
+            )
+        return result
+
+
+def _bar(total: int, done: int) -> Any:
+    """A progress bar, or None without tqdm."""
+    try:
+        import tqdm
+    except ImportError:
+        return None
+    return tqdm.tqdm(total=total, initial=done, unit="push")
