@@ -70,6 +70,19 @@ def once(path):
         return False
 
 
+class Signed(Batches):
+    """Each process that computes leaves a file with its name."""
+
+    def __init__(self, directory, pause):
+        super().__init__(pause)
+        self.directory = str(directory)
+
+    def __call__(self, i):
+        if i > 0:  # the caller tries batch 0
+            once(f"{self.directory}/{os.getpid()}")
+        return super().__call__(i)
+
+
 class Faulty(Batches):
     """With ``fault(i)`` called at some batches, each of which has it once."""
 

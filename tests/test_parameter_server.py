@@ -217,27 +217,28 @@ def test_workers_that_are_killed(tmp_path):
     assert_replays(result)
 
 
-def test_workers_that_come_and_go():
-    done = threading.Event()
-    sizes = iter([4, 1, 3])
+def test_workers_that_come_and_go(tmp_path):
+    """Two at first, four when the new ones have come, one for a second, then three."""
 
     def resize():
-        for size in sizes:
-            time.sleep(1.5)
-            if not done.is_set():
-                parameter_server.resize("elastic", size)
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.05)
+        parameter_server.resize("elastic", 4)
+        while len(list(tmp_path.iterdir())) < 4:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        parameter_server.resize("elastic", 1)
+        time.sleep(1.0)
+        parameter_server.resize("elastic", 3)
 
-    thread = threading.Thread(target=resize)
+    thread = threading.Thread(target=resize, daemon=True)
     thread.start()
-    try:
-        result = train(1500, batches=cases.Batches(0.008), num_workers=2, name="elastic")
-    finally:
-        done.set()
-        thread.join()
-    workers = set(result.history.worker.tolist())
-    assert workers >= {0, 1, 2}
-    last = np.array([np.flatnonzero(result.history.worker == i)[-1] for i in sorted(workers)])
-    assert np.any(last < 1000) or len(workers) > 3
+    batches = cases.Signed(tmp_path, pause=0.02)
+    result = train(2500, batches=batches, num_workers=2, name="elastic")
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    last = {i: np.flatnonzero(result.history.worker == i)[-1] for i in range(4)}
+    assert last[3] < 2450 < last[0]  # it left, and the first stayed
     assert not result.events
     assert_each_batch_once(result)
     assert_replays(result)
