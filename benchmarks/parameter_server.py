@@ -31,7 +31,7 @@ import ray
 
 from optax_dcasgd import add_delay_compensation, dcasgd, parameter_server, simulation
 
-TX = dcasgd(1e-4, 0.9, 2.0, decay=0.95, store=None)
+TX = dcasgd(1e-4, 0.9, 2.0, store=None)
 
 
 def no_op(params, batch, key):

@@ -119,11 +119,12 @@ class Update:
             return
         for start in range(0, len(grads), _AT_ONCE):
             some = grads[start : start + _AT_ONCE]
+            unused = [0] * (_AT_ONCE - len(some))
             stacked = (
                 self._transported.unpack_stacked([g.packed for g in some], _AT_ONCE),
                 self._layout.unpack_stacked([g.version.message for g in some], _AT_ONCE),
-                np.resize(np.array([g.worker for g in some], np.int32), _AT_ONCE),
-                np.resize(np.array([g.staleness for g in some], np.int32), _AT_ONCE),
+                np.array([g.worker for g in some] + unused, np.int32),
+                np.array([g.staleness for g in some] + unused, np.int32),
             )
             self._params, self._state = self._apply_stacked(
                 self._params, self._state, np.int32(len(some)), stacked

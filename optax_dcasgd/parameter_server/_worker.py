@@ -40,12 +40,16 @@ class Worker:
         transported: Layout,  # what is sent
     ):
         self._batches = batches
-        self._key = key
+        # As data: JAX dispatches calls with a typed key more slowly.
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        impl = jax.random.key_impl(key) if typed else None
+        self._key = np.asarray(jax.random.key_data(key) if typed else key)
         self._params = params
         self._transported = transported
 
         @jax.jit
-        def gradient(params: Any, batch: Any, key: jax.Array, index: jax.Array) -> Any:
+        def gradient(params: Any, batch: Any, key: Any, index: Any) -> Any:
+            key = key if impl is None else jax.random.wrap_key_data(key, impl=impl)
             loss, value = grad_fn(params, batch, jax.random.fold_in(key, index))
             if difference := grads.difference("grads", value):
                 raise _RefusedError(difference)
@@ -87,8 +91,9 @@ class Worker:
             loss, grads, finite = self._gradient(
                 self._params.treedef.unflatten(leaves), batch, self._key, np.int32(index)
             )
-            if not np.all(finite):
-                leaf = self._params.paths[int(np.argmin(finite))]
+            finite = np.asarray(finite)
+            if not finite.all():
+                leaf = self._params.paths[int(finite.argmin())]
                 raise _RefusedError(f"grads{leaf} is not finite")
         except _RefusedError as refused:
             return f"{refused} (batch {index})"
