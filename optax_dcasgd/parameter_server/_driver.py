@@ -19,6 +19,9 @@ from optax_dcasgd.parameter_server._worker import Worker
 
 NAMESPACE = "optax_dcasgd"  # of the server's name, in Ray
 _REPORT_EVERY = 0.5  # seconds
+# For large arrays, on Linux: glibc asks for large pages. Each gradient is written to new memory,
+# and to get that in pages of 4 KiB can take longer than to write it.
+_LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _log = logging.getLogger("optax_dcasgd.parameter_server")
 
 
@@ -31,8 +34,8 @@ class Driver:
         tx: optax.GradientTransformation,
         params: Any,
         options: Options,
-        worker_options: Mapping[str, Any] | None,
-        server_options: Mapping[str, Any] | None,
+        worker_options: Mapping[str, Any],
+        server_options: Mapping[str, Any],
     ):
         self._options, self._params = options, params
         self._events: list[Event] = []
@@ -40,10 +43,11 @@ class Driver:
         self._version = 0
         self._wished = options.num_workers
         self._state_like = jax.eval_shape(tx.init, params)
-        usual = {"max_restarts": -1, "enable_task_events": False}
-        self._worker_class = ray.remote(Worker).options(
-            **{**usual, "scheduling_strategy": "SPREAD", **(worker_options or {})}
-        )
+        usual: dict[str, Any] = {"max_restarts": -1, "enable_task_events": False}
+        if not worker_args[3].is_small:
+            usual["runtime_env"] = {"env_vars": _LARGE_PAGES}
+        spread = {"scheduling_strategy": "SPREAD"}
+        self._worker_class = ray.remote(Worker).options(**{**usual, **spread, **worker_options})
         # Put once, however many workers there are; and kept, since a restart needs them again.
         self._worker_args = [ray.put(arg) for arg in worker_args]
         self._make_workers(options.num_workers)
@@ -52,7 +56,7 @@ class Driver:
         restarts = {"max_restarts": 0 if options.checkpoint_dir is None else -1}
         host_params = jax.tree.map(np.asarray, params)
         server_class = ray.remote(Server).options(
-            **{**usual, **restarts, **named, **(server_options or {})}
+            **{**usual, **restarts, **named, **server_options}
         )
         self._server_args = [ray.put(tx), ray.put(host_params)]
         self._server: Any = server_class.remote(

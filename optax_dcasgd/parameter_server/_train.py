@@ -198,7 +198,8 @@ def train(
         raise ValueError("address has no effect: Ray is initialised already. Leave it out.")
     try:
         worker_args = (grad_fn, batches, key, *layouts)
-        with Driver(worker_args, tx, params, options, worker_options, server_options) as driver:
+        of_actors = worker_options or {}, server_options or {}
+        with Driver(worker_args, tx, params, options, *of_actors) as driver:
             driver.train(progress)
             return driver.result()
     finally:
