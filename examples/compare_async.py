@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from optax_dcasgd import (
     add_delay_compensation,
+    robust,
     scale_by_gap,
     scale_by_staleness,
     simulation,
@@ -76,6 +77,7 @@ METHODS: dict[str, Method] = {
     "DC-a-clipped": before_sgd(
         lambda: add_delay_compensation(8.0, decay=0.95, clip=1.0, store=None)
     ),
+    "robust": before_sgd(lambda: robust(store=None)),
 }
 MODES = {"SGD": "sequential", "SSGD": "sync"}  # of `simulation.run`; all others are "async"
 COMPUTE_TIMES = {  # of one gradient, with a mean of one virtual second
