@@ -379,9 +379,11 @@ def test_synchronous_cells_count_pushes_and_wait(trained):
 
 
 def test_convolution_by_matmul(problems):
-    model = problems.CNN(nnx.Rngs(0))
-    images = jax.random.normal(jax.random.key(0), (3, 28, 28, 1))
-    graphdef, params = nnx.split(model, nnx.Param)
+    model = nnx.eval_shape(lambda: problems.CNN(nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3, 28, 28, 1)).astype(np.float32)
+    graphdef, shapes = nnx.split(model, nnx.Param)
+    params = jax.tree.map(lambda s: np.float32(rng.normal(0, 0.2, s.shape)), shapes)
     for conv in (model.conv1, model.conv2):
         conv.conv_general_dilated = jax.lax.conv_general_dilated
     plain, _ = nnx.split(model, nnx.Param)
