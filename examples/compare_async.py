@@ -219,8 +219,7 @@ class CellFile:
         for line in text.splitlines():
             entry = json.loads(line)
             if entry.pop("settings") == settings:
-                cell = Cell(**{k: to_array(v) for k, v in entry.items()})
-                self.cells[cell.name] = cell
+                self._add(entry)
 
     def append(self, cells: Iterable[Cell]) -> None:
         """Writes cells to the end of the file."""
@@ -228,7 +227,12 @@ class CellFile:
             for cell in cells:
                 entry = {k: from_array(v) for k, v in dataclasses.asdict(cell).items()}
                 file.write(json.dumps(entry | {"settings": self.settings}) + "\n")
-                self.cells[cell.name] = cell
+                self._add(entry)
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        """Keeps a cell rounded as in the file: a resumed run shows what a whole one does."""
+        cell = Cell(**{k: to_array(v) for k, v in entry.items()})
+        self.cells[cell.name] = cell
 
 
 def from_array(value: Any) -> Any:

@@ -104,7 +104,8 @@ def test_a_finished_run_is_not_run_again(script, user_run, tmp_path, monkeypatch
     (tmp_path / "cells.jsonl").write_text(lines)
     monkeypatch.setattr(script, "Trainer", lambda args: pytest.fail("it trained again"))
     script.main([*TINY, f"--out={tmp_path}"])
-    assert (tmp_path / "tables.md").read_text() == (out / "tables.md").read_text()
+    for name in ("tables.md", "grid.csv"):
+        assert (tmp_path / name).read_text() == (out / name).read_text()
 
     # What an interrupted run leaves: a missing program, and half a line of it.
     first, second, third, _ = lines.splitlines(keepends=True)
