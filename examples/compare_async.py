@@ -318,7 +318,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         return f" [{full}; with --quick {quick}]"
 
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer M, rates, seeds and pushes: about two minutes")
+    add("--quick", action="store_true", help="fewer M, rates, seeds and pushes: under two minutes")
     add("--problem", choices=PROBLEMS, default="digits", help="what to train [digits]")
     workers_help = "numbers of workers; 1 is sequential SGD" + default("workers")
     add("--workers", type=count, nargs="+", metavar="M", help=workers_help)
