@@ -331,6 +331,16 @@ def test_fastest_learning_rate_and_pushes(script, text):
     assert "1 of 2 seeds (0.4)" in text.target_table({("ASGD", 4): [half]}, 0.05)
 
 
+def test_methods_that_were_added_have_looks_of_their_own(script, plots, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, path, dpi: seen.append(self))
+    groups = {(m, 4): [cell(script, 4, m, 0.0, 0.1, [0.1])] for m in ("mine", "ASGD", "yours")}
+    plots.plot_error_over_time(groups, "made up", tmp_path / "none.png")
+    mine, asgd, yours = seen[0].axes[0].lines
+    assert asgd.get_color() == plots.LOOKS["ASGD"][0]
+    assert len({(x.get_color(), x.get_linestyle()) for x in (mine, asgd, yours)}) == 3
+
+
 @pytest.fixture(scope="module")
 def trained(script, tmp_path_factory):
     """Cells of a Trainer that has room for four workers."""
