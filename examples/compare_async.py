@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from optax_dcasgd import (
     add_delay_compensation,
+    robust,
     scale_by_gap,
     scale_by_staleness,
     simulation,
@@ -76,6 +77,7 @@ METHODS: dict[str, Method] = {
     "DC-a-clipped": before_sgd(
         lambda: add_delay_compensation(8.0, decay=0.95, clip=1.0, store=None)
     ),
+    "robust": before_sgd(lambda: robust(store=None)),
 }
 MODES = {"SGD": "sequential", "SSGD": "sync"}  # of `simulation.run`; all others are "async"
 COMPUTE_TIMES = {  # of one gradient, with a mean of one virtual second
@@ -217,8 +219,7 @@ class CellFile:
         for line in text.splitlines():
             entry = json.loads(line)
             if entry.pop("settings") == settings:
-                cell = Cell(**{k: to_array(v) for k, v in entry.items()})
-                self.cells[cell.name] = cell
+                self._add(entry)
 
     def append(self, cells: Iterable[Cell]) -> None:
         """Writes cells to the end of the file."""
@@ -226,7 +227,12 @@ class CellFile:
             for cell in cells:
                 entry = {k: from_array(v) for k, v in dataclasses.asdict(cell).items()}
                 file.write(json.dumps(entry | {"settings": self.settings}) + "\n")
-                self.cells[cell.name] = cell
+                self._add(entry)
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        """Keeps a cell rounded as in the file: a resumed run shows what a whole one does."""
+        cell = Cell(**{k: to_array(v) for k, v in entry.items()})
+        self.cells[cell.name] = cell
 
 
 def from_array(value: Any) -> Any:
@@ -312,7 +318,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         return f" [{full}; with --quick {quick}]"
 
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer M, rates, seeds and pushes: about a minute")
+    add("--quick", action="store_true", help="fewer M, rates, seeds and pushes: under two minutes")
     add("--problem", choices=PROBLEMS, default="digits", help="what to train [digits]")
     workers_help = "numbers of workers; 1 is sequential SGD" + default("workers")
     add("--workers", type=count, nargs="+", metavar="M", help=workers_help)

@@ -1,5 +1,6 @@
 """The plots of compare_async.py: error over virtual time, and where training is stable."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 DPI = 85  # of the plots: small files, about 900 pixels wide
-# Of the methods' lines in order. Okabe and Ito's colours, which the colour-blind tell apart;
-# methods of one kind share a colour and differ in style.
-LOOKS = [("#000000", "-"), ("#999999", "-"), ("#D55E00", "-"), ("#E69F00", ":"), ("#E69F00", "--")]
-LOOKS += [("#009E73", "-."), ("#56B4E9", ":"), ("#56B4E9", "--"), ("#0072B2", "-")]
-LOOKS += [("#CC79A7", "-"), ("#CC79A7", "--")]
+# Of the methods' lines. Okabe and Ito's colours, which the colour-blind tell apart; methods of one
+# kind share a colour and differ in style.
+LOOKS = {
+    "SGD": ("#000000", "-"),
+    "SSGD": ("#999999", "-"),
+    "ASGD": ("#D55E00", "-"),
+    "lr/tau": ("#E69F00", ":"),
+    "lr/sqrt-tau": ("#E69F00", "--"),
+    "Gap-Aware": ("#009E73", "-."),
+    "DC-c": ("#56B4E9", ":"),
+    "DC-a": ("#56B4E9", "--"),
+    "DC-a-clipped": ("#0072B2", "-"),
+    "robust": ("#CC79A7", "-"),
+}
+MORE_LOOKS = [("#CC79A7", style) for style in ("--", ":", "-.")]  # of methods that were added
 
 
 def plot_all(cells: list[Cell], problem: str, out: Path) -> None:
@@ -42,6 +53,7 @@ def plot_error_over_time(groups: Groups, title: str, path: Path) -> None:
     """A panel for each M: mean test error against virtual time, log-log."""
     workers = sorted({w for _, w in groups if w > 1}) or [1]
     methods = list(dict.fromkeys(m for m, _ in groups))
+    looks = dict(zip((m for m in methods if m not in LOOKS), itertools.cycle(MORE_LOOKS))) | LOOKS
     columns = min(2, len(workers))
     rows = -(-len(workers) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * rows + 1), layout="constrained")
@@ -49,15 +61,15 @@ def plot_error_over_time(groups: Groups, title: str, path: Path) -> None:
     for axis in axes.flat[len(workers) :]:
         axis.remove()
     for axis, w in zip(axes.flat, workers, strict=False):
-        for i, method in enumerate(methods):
+        for method in methods:
             cells = groups.get((method, 1 if method == "SGD" else w))
             if cells:
                 cell = choose(cells)
                 axis.plot(
                     cell.seconds.mean(0),
                     100 * running_mean(cell.test_error.mean(0)),
-                    color=LOOKS[i % len(LOOKS)][0],
-                    linestyle=LOOKS[i % len(LOOKS)][1],
+                    color=looks[method][0],
+                    linestyle=looks[method][1],
                     linewidth=1.6,
                     label=f"{method} (M=1)" if method == "SGD" else method,
                 )

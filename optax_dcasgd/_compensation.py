@@ -250,16 +250,8 @@ def add_delay_compensation(
         del extra_args
         _trees.check_updates(updates, params)
         _trees.check_state(params, state.nu)
-        if store is None:
-            _stale_params.require(stale_params)
         stale, prev_params, last_worker = _stale_params.look_up(
-            params,
-            state.prev_params,
-            state.last_worker,
-            count=state.count,
-            num_workers=num_workers,
-            stale_params=stale_params,
-            worker=worker,
+            params, state, num_workers=num_workers, stale_params=stale_params, worker=worker
         )
         now = at_count(hyperparams, state.count)
 

@@ -270,13 +270,7 @@ def _make(
         prev_params, last_worker = state.prev_params, None
         if num_workers is not None:
             stale_params, prev_params, last_worker = _stale_params.look_up(
-                params,
-                state.prev_params,
-                state.last_worker,
-                count=state.count,
-                num_workers=num_workers,
-                stale_params=stale_params,
-                worker=worker,
+                params, state, num_workers=num_workers, stale_params=stale_params, worker=worker
             )
         else:
             _trees.check_state(params, state.prev_params)

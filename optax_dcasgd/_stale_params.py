@@ -23,10 +23,18 @@ from jax import lax
 from optax_dcasgd import _arguments, _trees
 
 
+class Memory(NamedTuple):
+    """What `look_up` reads of a state; a state with these three fields will do as it is."""
+
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32: updates so far
+    prev_params: Any
+    last_worker: jax.Array | None = None
+
+
 class StaleParams(NamedTuple):
     """The stale parameters of one update, and the memory for the next."""
 
-    stale: Any  # like params; None where nothing is remembered and the caller gave nothing
+    stale: Any  # like params
     prev_params: Any  # the state's fields, as above
     last_worker: jax.Array | None  # shape=(), dtype=int32
 
@@ -63,22 +71,14 @@ def init(params: Any, *, remember: bool, num_workers: int | None) -> tuple[Any, 
 
 
 def look_up(
-    params: Any,
-    prev_params: Any,
-    last_worker: jax.Array | None,
-    *,
-    count: jax.Array,
-    num_workers: int | None,
-    stale_params: Any,
-    worker: Any,
+    params: Any, state: Any, *, num_workers: int | None, stale_params: Any, worker: Any
 ) -> StaleParams:
     """Finds ``w_s`` for the gradient at hand and brings the memory up to date.
 
     Args:
       params: The parameters the gradient is applied at, ``w``.
-      prev_params: The state's field.
-      last_worker: The state's field.
-      count: Updates so far. On the first, ``w_s`` is ``w`` unless the caller says otherwise.
+      state: A `Memory`, or a state with its fields. On the first update ``w_s`` is ``w`` unless
+        the caller says otherwise.
       num_workers: The number of backups, or None.
       stale_params: What the caller says the gradient was computed at, or None.
       worker: Whose gradient this is, or None; without ``num_workers`` it has no meaning.
@@ -88,9 +88,11 @@ def look_up(
         wrong structure or a wrong shape, or ``worker`` is out of range.
       TypeError: If ``worker`` is no integer.
     """
+    count, prev_params, last_worker = state.count, state.prev_params, state.last_worker
     if stale_params is not None:
         stale_params = _trees.align("stale_params", stale_params, params)
     if prev_params is None:
+        require(stale_params)
         return StaleParams(stale_params, None, None)
     _trees.check_state(params, prev_params, stacked=num_workers is not None)
 

@@ -168,27 +168,16 @@ def scale_by_gap(
     ) -> tuple[optax.Updates, ScaleByGapState]:
         del extra_args
         _trees.check_updates(updates, params)
-        stale, last_params, _ = _stale_params.look_up(
-            params,
-            state.last_params,
-            None,
-            count=state.count,
-            num_workers=None,
-            stale_params=None,
-            worker=None,
+        last = _stale_params.Memory(state.count, state.last_params)
+        step_from, last_params, _ = _stale_params.look_up(
+            params, last, num_workers=None, stale_params=None, worker=None
         )
-        step_from = stale
+        if stale_params is None and num_workers is None:
+            stale_params = step_from
+        of_workers = _stale_params.Memory(state.count, state.backups, state.last_worker)
         stale, backups, last_worker = _stale_params.look_up(
-            params,
-            state.backups,
-            state.last_worker,
-            count=state.count,
-            num_workers=num_workers,
-            stale_params=stale_params,
-            worker=worker,
+            params, of_workers, num_workers=num_workers, stale_params=stale_params, worker=worker
         )
-        if stale is None:
-            stale = step_from
         rho, eps_now = at_count(_Hyperparameters(decay, eps), state.count)
         first = state.count == 0
 

@@ -1,6 +1,7 @@
 """`simulation.arrivals` against a discrete-event calculation, and `Arrivals` as files."""
 
 import dataclasses
+import functools
 import heapq
 import math
 
@@ -91,12 +92,11 @@ def test_a_discrete_event_calculation(compute_time):
 
 
 def test_workers_by_mapping_or_by_number():
-    by_mapping = simulation.arrivals(KEY, 3, 20, slowdown={1: 4}, start={2: 3.0}, stop={0: 2})
-    by_number = simulation.arrivals(
-        KEY, 3, 20, slowdown=(1, 4, 1), start=np.array([0, 0, 3]), stop=[2.0, INF, INF]
-    )
+    arrivals = functools.partial(simulation.arrivals, KEY, 3, 20, compute_time=1.0)
+    by_mapping = arrivals(slowdown={1: 4}, start={2: 3.0}, stop={0: 2})
+    by_number = arrivals(slowdown=(1, 4, 1), start=np.array([0, 0, 3]), stop=[2.0, INF, INF])
     jax.tree.map(np.testing.assert_array_equal, by_mapping, by_number)
-    assert not np.array_equal(by_mapping.time, simulation.arrivals(KEY, 3, 20).time)
+    assert not np.array_equal(by_mapping.time, arrivals().time)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 7])
@@ -133,7 +133,7 @@ def test_under_vmap_and_jit():
         return simulation.arrivals(key, 3, 30, slowdown=slowdown)
 
     keys, slow = jax.random.split(KEY, 2), jnp.array([1.0, 5.0])
-    together = jax.jit(jax.vmap(one))(keys, slow)
+    together, one = jax.jit(jax.vmap(one))(keys, slow), jax.jit(one)
     assert together.num_workers == 3
     for i in range(2):
         alone = one(keys[i], slow[i])
@@ -150,7 +150,7 @@ def test_time_does_not_lose_small_steps_in_a_long_run():
 
 @pytest.mark.parametrize("barrier", [True, False])
 def test_saved_and_loaded(tmp_path, barrier):
-    arrivals = simulation.arrivals(KEY, 3, 20, start={2: 3.0})
+    arrivals = simulation.arrivals(KEY, 3, 20, compute_time=0.3, start={2: 3.0})
     if not barrier:
         arrivals = dataclasses.replace(arrivals, barrier=None, batch=np.arange(20)[::-1])
     path = tmp_path / "no suffix"

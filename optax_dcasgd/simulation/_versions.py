@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 class Plan(NamedTuple):
@@ -46,6 +47,6 @@ def plan(staleness: jax.Array, num_slots: int) -> Plan:
     first = jnp.arange(num_slots, dtype=jnp.int32)
     holder = jnp.concatenate([first, order])[: num_updates + 1]
     fits = jnp.all(dropped[holder[num_slots:]] < 2 * t[num_slots - 1 :] + 1)
-    for _ in range(num_updates.bit_length()):  # from the previous holder to the first
-        holder = holder[holder]
+    # From the previous holder to the first, in steps of twice the length each time.
+    holder = lax.fori_loop(0, num_updates.bit_length(), lambda _, h: h[h], holder)
     return Plan(read=holder[version], write=holder[1:], fits=fits)
