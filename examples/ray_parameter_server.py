@@ -84,7 +84,7 @@ def train(method: str, args: argparse.Namespace, data: Any, directory: Path) -> 
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     synchronous = method == "SSGD"
-    with Killer(args):
+    with Killer(args, directory / method):
         result = parameter_server.train(
             jax.value_and_grad(loss_fn),
             params,
@@ -113,22 +113,34 @@ def train(method: str, args: argparse.Namespace, data: Any, directory: Path) -> 
 
 
 class Killer:
-    """Kills a worker or the server with SIGKILL while training is under way, if asked to."""
+    """Kills a worker, the server, or both with SIGKILL, if asked to: three times in each run."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, checkpoints: Path):
         self.names = ["ray::Worker"] * args.kill_worker + ["ray::Server"] * args.kill_server
+        self.checkpoints = checkpoints
         self.done = threading.Event()
         self.thread = threading.Thread(target=self.kill)
 
     def kill(self) -> None:
-        """A few seconds after all are there, and again, until training ends."""
-        while self.names and not self.done.wait(8):
+        """Each time when there is a newer checkpoint, so that training is under way."""
+        newest = 0
+        for _ in range(3 if self.names else 0):
+            while (version := self.newest()) <= newest:
+                if self.done.wait(0.2):
+                    return
+            newest = version
             for name in self.names:
-                found = [p for p in psutil.process_iter(["name", "cmdline"])
+                found = [p for p in psutil.process_iter(["cmdline"])
                          if name in " ".join(p.info["cmdline"] or [])]  # fmt: skip
                 for process in found[:1]:
                     print(f"\nkilling {name}, process {process.pid}")
                     process.kill()
+
+    def newest(self) -> int:
+        """The updates in the newest checkpoint."""
+        if not self.checkpoints.exists():
+            return 0
+        return max((int(p.name) for p in self.checkpoints.iterdir() if p.name.isdigit()), default=0)
 
     def __enter__(self) -> None:
         self.thread.start()
@@ -177,8 +189,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--compute-time", type=least, default=0.02, help="seconds added to every gradient")
     add("--slowdown", type=least, default=5.0, help="factor on them for one of the workers")
     add("--seed", type=int, default=0, help="of the model and the batches")
-    add("--kill-worker", action="store_true", help="kill a worker every eight seconds")
-    add("--kill-server", action="store_true", help="kill the server every eight seconds")
+    add("--kill-worker", action="store_true", help="kill a worker three times in each run")
+    add("--kill-server", action="store_true", help="kill the server three times in each run")
     add("--address", default=None, help="of a Ray cluster; by default Ray starts on this machine")
     add("--out", type=Path, default=Path("ray_parameter_server_out"), help="folder for results")
     args = parser.parse_args(argv)

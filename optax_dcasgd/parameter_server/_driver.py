@@ -19,6 +19,7 @@ from optax_dcasgd.parameter_server._worker import Worker
 
 NAMESPACE = "optax_dcasgd"  # of the server's name, in Ray
 _REPORT_EVERY = 0.5  # seconds
+_MAX_DEATHS = 3  # of the server, without training between them
 # For large arrays, on Linux: glibc asks for large pages. Each gradient is written to new memory,
 # and to get that in pages of 4 KiB can take longer than to write it.
 _LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -112,14 +113,11 @@ class Driver:
 
     def _advance(self) -> Any:
         """Lets the server train for a while, and brings it back if it dies."""
-        died_at = None
+        deaths = 0
         while True:
             try:
-                if died_at is not None:
-                    version = self._ask("ready")
-                    if version == died_at:
-                        raise RuntimeError(f"The server died twice in a row at {version} updates.")
-                    died_at = version
+                if deaths:
+                    self._version = self._ask("ready")
                     self._attach()
                 status = ray.get(self._server.advance.remote(_REPORT_EVERY))
                 break
@@ -129,10 +127,14 @@ class Driver:
                         f"The server died after about {self._version} updates, and without "
                         "checkpoint_dir there is nothing to go on from."
                     ) from error
+                deaths += 1
+                if deaths == _MAX_DEATHS:
+                    raise RuntimeError(
+                        f"The server died {deaths} times in a row, after {self._version} updates."
+                    ) from error
                 reason = str(error).strip().splitlines()[0]
                 message = f"after at least {self._version} updates: {reason}"
                 self._event(Event(time.time(), "server lost", None, message))
-                died_at = -1 if died_at is None else died_at
         self._wished = status.num_workers
         for event in status.events:
             self._event(event)
