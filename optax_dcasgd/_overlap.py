@@ -1,5 +1,6 @@
 """`overlap_reduction`: data parallelism whose all-reduce runs under the next step's compute."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,10 @@ class OverlapReductionState(NamedTuple):
 
 
 def overlap_reduction(
-    inner: optax.GradientTransformation, axis_name: str | tuple[str, ...]
+    inner: optax.GradientTransformation,
+    axis_name: str | tuple[str, ...],
+    *,
+    reduction: Callable[[Any, Any], Any] = lax.pmean,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages gradients over devices one update late, so that no step has to wait for it.
 
@@ -44,6 +48,8 @@ def overlap_reduction(
       inner: Any Optax optimizer. Its delay compensation, if any, has to remember the parameters
         itself (any ``store`` but None); ``staleness=1`` is passed on to it.
       axis_name: The mesh axis, or axes, over which the batch is split.
+      reduction: ``reduction(grads, axis_name)`` is the mean over devices of a tree of local
+        gradients: a ``jax.lax.pmean`` of bfloat16, say, or one made of ``jax.lax.ppermute``.
 
     Returns:
       A transformation. ``init`` and ``update`` have to be called inside ``jax.shard_map`` over
@@ -56,7 +62,8 @@ def overlap_reduction(
       ``None`` counts as zero.
 
     Raises:
-      TypeError: If ``inner`` is no transformation, or a parameter is an integer array.
+      TypeError: If ``inner`` is no transformation, ``reduction`` no function, or a parameter is an
+        integer array.
       ValueError: If ``axis_name`` is no axis of a surrounding ``jax.shard_map``; in ``update``, if
         the gradients have been summed over the axis already, if ``stale_params`` is passed, if
         ``params`` is missing or a tree does not fit it. (Under ``shard_map`` with
@@ -96,6 +103,7 @@ def overlap_reduction(
       Training <https://arxiv.org/abs/1811.03619>`_, 2018, with a pipeline of width 2.
     """
     _arguments.check_transformation("inner", inner)
+    _arguments.check_callable("reduction", reduction, "(grads, axis_name) -> grads")
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> OverlapReductionState:
@@ -147,7 +155,7 @@ def overlap_reduction(
         grads = jax.tree_util.tree_map_with_path(
             keep, updates, params, state.grads, is_leaf=_trees.is_none
         )
-        reduced = lax.pmean(jax.tree.map(lambda g: jnp.squeeze(g, 0), state.grads), axis_name)
+        reduced = reduction(jax.tree.map(lambda g: jnp.squeeze(g, 0), state.grads), axis_name)
         new_updates, inner_state = inner.update(
             reduced, state.inner_state, params, staleness=staleness + 1, **extra_args
         )
