@@ -73,10 +73,9 @@ def main() -> None:
 
 def train(tx, problem, args) -> list[float]:
     """The test accuracy after the last update, for every seed."""
-    x, y = map(jnp.asarray, problem.train)
 
     @jax.jit
-    def run(params, order):
+    def run(params, order, x, y):
         def step(carry, chosen):
             params, computed_at, state = carry
             grads = jax.grad(problem.loss)(computed_at, x[chosen], y[chosen])
@@ -88,9 +87,11 @@ def train(tx, problem, args) -> list[float]:
 
     accuracies = []
     for seed in range(args.seeds):
-        order = np.random.default_rng(seed).integers(len(y), size=(args.updates, problem.batch))
+        order = np.random.default_rng(seed).integers(
+            len(problem.train[1]), size=(args.updates, problem.batch)
+        )
         params = jax.tree.map(jnp.float32, problem.init(seed))
-        accuracies.append(float(run(params, order)))
+        accuracies.append(float(run(params, order, *problem.train)))
     return accuracies
 
 
