@@ -235,7 +235,7 @@ def measure(chips) -> dict:
         events = schedule(compiled.as_text())
         rows.append(
             dict(zip(("chip", "step", "reduction", "options"), turn, strict=True))
-            | {"chips": len(devices(turn[0]))}
+            | {"devices": len(devices(turn[0]))}
             | figures(events)
             | {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
             | {"schedule": [f"{event} {name}: {cycles} cycles" for event, name, cycles in events]}

@@ -273,8 +273,9 @@ def plot(curves: Curves, title: str, path: Path) -> None:
                 axis.fill_between(
                     updates, values.min(0), values.max(0), color=color, alpha=0.15, lw=0
                 )
-            axis.set(title=f"{optimizer}, learning rate {rate:g}", ylim=(1.9, 4.6))
+            axis.set_title(f"{optimizer}, learning rate {rate:g}")
             axis.grid(alpha=0.3)
+    grid[0, 0].set_ylim(top=min(grid[0, 0].get_ylim()[1], 4.6))  # 4.5 is a uniform guess
     for axis in grid[-1]:
         axis.set_xlabel("updates")
     for axis in grid[:, 0]:

@@ -5,6 +5,7 @@ The loop is `reference.one_update_old`, with gradients of the whole batch writte
 
 import functools
 import math
+import pathlib
 import re
 
 import jax
@@ -312,3 +313,25 @@ def test_other_bad_input():
         on_mesh(tx.init, {"n": jnp.arange(3)})
     with pytest.raises(ValueError, match="not passing `params`"):
         on_mesh(lambda p: tx.update(p, tx.init(p))[0], PARAMS)
+
+
+# --- What users read ---
+
+
+def test_the_code_of_the_page_runs():
+    """One block after the other, as a user would go from one step to the other."""
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "spmd.md").read_text()
+    before, after, resumed, pipeline = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(compile(before, "docs/spmd.md", "exec"), names)
+    x = np.ones((16, 4), np.float32)
+    params, _ = names["step"](names["params"], names["opt_state"], (x, np.ones(16)))
+    assert np.all(params["w"] > 0)
+    exec(compile(after, "docs/spmd.md", "exec"), names)
+    assert np.any(names["params"]["w"] != 0)
+    grads = names["opt_state"].grads["w"]
+    exec(compile(resumed, "docs/spmd.md", "exec"), names)
+    moved = names["opt_state"].grads["w"]
+    assert moved.shape == (4, *grads.shape[1:])
+    np.testing.assert_allclose(moved.mean(0), grads.mean(0), rtol=1e-6)
+    exec(compile(pipeline, "docs/spmd.md", "exec"), names)
