@@ -236,7 +236,7 @@ def compare(before: list[float], after: list[float]) -> str:
     return "helped" if new < old else "hurt"
 
 
-def report(curves: Curves) -> str:
+def report(curves: Curves, methods: list[str]) -> str:
     """The table, and what each method did to stale training, in words."""
     columns = [(optimizer, rate) for optimizer, rates in curves.items() for rate in rates]
     lines = ["| | " + " | ".join(f"{name} {rate:g}" for name, rate in columns) + " |"]
@@ -244,28 +244,29 @@ def report(curves: Curves) -> str:
     final = {
         (method, *column): [run[-1] for run in curves[column[0]][column[1]][method]]
         for column in columns
-        for method in METHODS
+        for method in methods
     }
-    for method in METHODS:
+    for method in methods:
         cells = [cell(final[(method, *column)]) for column in columns]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     lines.append("")
     for column in columns:
         stale = final[("stale", *column)]
         damage = compare(final[("fresh", *column)], stale)
-        words = [f"{m} {compare(stale, final[(m, *column)])}" for m in METHODS[2:]]
+        words = [f"{m} {compare(stale, final[(m, *column)])}" for m in methods[2:]]
         lines.append(f"{column[0]} {column[1]:g}: the delays {damage}; {'; '.join(words)}.")
     return "\n".join(lines)
 
 
 def plot(curves: Curves, title: str, path: Path) -> None:
     """Draws the mean over seeds, and the range from the lowest to the highest, of every curve."""
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure = Figure(figsize=(10, 0.7 + 2.9 * len(curves)), layout="constrained")
     num_rates = max(map(len, curves.values()))
     grid = figure.subplots(len(curves), num_rates, squeeze=False, sharex=True, sharey=True)
     for row, (optimizer, rates) in zip(grid, curves.items(), strict=True):
-        for axis, (rate, methods) in zip(row, rates.items(), strict=True):
-            for (method, runs), style in zip(methods.items(), STYLES, strict=True):
+        for axis, (rate, methods) in zip(row, rates.items(), strict=False):
+            for method, runs in methods.items():
+                style = STYLES[METHODS.index(method)]
                 values = np.array(runs)  # NaN, and so cut off, once one of them diverges
                 updates = EVALUATE_EVERY * np.arange(1, 1 + values.shape[1])
                 axis.plot(updates, values.mean(0), linewidth=1.8, label=method, **style)
@@ -302,8 +303,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--blocks", type=count, default=4, help="of the transformer")
     add("--stages", type=count, default=8, help="of the pipeline, at most two a block")
-    add("--sgd-rates", type=positive, nargs="+", default=[0.02, 0.1], help="learning rates")
-    add("--adam-rates", type=positive, nargs="+", default=[0.001, 0.005], help="learning rates")
+    none = "learning rates; none at all leaves the optimizer out"
+    add("--sgd-rates", type=positive, nargs="*", default=[0.02, 0.1], help=none)
+    add("--adam-rates", type=positive, nargs="*", default=[0.001, 0.005], help=none)
+    beside = "to compare with fresh and stale"
+    add("--methods", choices=METHODS[2:], nargs="+", default=METHODS[2:], help=beside)
     add("--updates", type=updates, default=300, help="of each run")
     add("--lamda", type=strength, default=8.0, help="strength of the compensation")
     add("--decay", type=fraction, default=0.95, help="of its mean of squared gradients")
@@ -317,6 +321,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             f"argument --stages: {args.blocks} blocks have {2 * args.blocks} halves to make "
             f"stages of, got {args.stages}"
         )
+    if not args.sgd_rates + args.adam_rates:
+        parser.error("argument --sgd-rates: with no learning rate at all there is nothing to run")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -334,10 +340,13 @@ def main(argv: list[str] | None = None) -> None:
         nnx.split(Transformer(num_characters, args.blocks, nnx.Rngs(seed)), nnx.Param)
         for seed in range(args.seeds)
     ]
+    methods = [*METHODS[:2], *args.methods]
     curves: Curves = {}
     for optimizer, rates in (("SGD", args.sgd_rates), ("Adam", args.adam_rates)):
+        if not rates:
+            continue
         curves[optimizer] = {rate: {} for rate in rates}
-        for method in METHODS:
+        for method in methods:
             total = len(rates) * args.seeds * args.updates
             with tqdm(total=total, desc=f"{optimizer:4} {method:11}", unit="update") as bar:
                 trainer = Trainer(method, optimizer, models, text, args)
@@ -346,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
                         trainer.train(seed, rate, args.updates, bar) for seed in range(args.seeds)
                     ]
 
-    words = report(curves)
+    words = report(curves, methods)
     settings = f"{args.stages} stages, delays {args.stages - 1} to 0, {args.updates} updates"
     print(f"\nValidation loss in nats; {settings}, {args.seeds} seeds\n\n{words}\n")
     title = f"{settings}; line: mean of {args.seeds} seeds, band: lowest to highest"
