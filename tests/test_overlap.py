@@ -73,7 +73,9 @@ def train(tx, devices=8, num_updates=UPDATES, **options):
     params, state = PARAMS, init(PARAMS)
     trajectory = [params]
     for t in range(num_updates):
-        params, state = step(params, state, (X[t], Y[t]))
+        # One step at a time: virtual devices share their threads, and with several steps under way
+        # they can wait for each other forever.
+        params, state = jax.block_until_ready(step(params, state, (X[t], Y[t])))
         trajectory.append(params)
     return trajectory, state
 
@@ -143,8 +145,8 @@ def test_the_number_of_devices_changes_nothing_but_rounding():
 def test_an_update_does_not_depend_on_the_batch_of_its_step():
     """So that the reduction can start before the step has computed anything."""
     init, step = start(overlap_reduction(dc.dcasgd(0.1, 0.9, 2.0), "data"), mesh_of())
-    params, state = step(PARAMS, init(PARAMS), (X[0], Y[0]))
-    expected, _ = step(params, state, (X[1], Y[1]))
+    params, state = jax.block_until_ready(step(PARAMS, init(PARAMS), (X[0], Y[0])))
+    expected, _ = jax.block_until_ready(step(params, state, (X[1], Y[1])))
     actual, after = step(params, state, (np.full_like(X[1], np.nan), Y[1]))
     assert_bit_equal(actual, expected)
     assert np.isnan(after.grads["kernel"]).all()
@@ -186,7 +188,7 @@ def test_two_axes_of_a_mesh():
     )
     params, state = PARAMS, init(PARAMS)
     for t in range(UPDATES):
-        params, state = step(params, state, (X[t], Y[t]))
+        params, state = jax.block_until_ready(step(params, state, (X[t], Y[t])))
     assert_close(params, train(overlap_reduction(dc.dcasgd(0.1, 0.9, 2.0), "data"))[0][-1])
 
 
