@@ -7,6 +7,8 @@ It needs no TPU: libtpu compiles for a described topology. The figures are the c
 ``bytes accessed`` of its cost analysis, the temporary memory of its memory analysis, and the
 full-size copies in the compiled program. A kernel is a black box to the compiler: for it, the bytes
 are those that it declares (each array it reads or writes, once), and the rest is the compiler's.
+After that it prints the table of tpu_overlap.py, which runs by itself too: whether all-reduces run
+under the compute of a data-parallel step, synchronous and overlapped.
 """
 
 import argparse
@@ -154,6 +156,10 @@ def main() -> None:
     print(file=sys.stderr)
     result = {"software": f"JAX {jax.__version__}, libtpu {version('libtpu')}", "rows": rows}
     print(table(result))
+    # Here, as it takes this file's topologies.
+    import tpu_overlap
+
+    print(f"\n{tpu_overlap.table(tpu_overlap.measure(args.chip or CHIPS))}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -255,3 +255,61 @@ def test_linen_train_state_resumes(tmp_path):
     assert float(final.split()[-1]) < float(saved.split()[3].rstrip(","))
     assert resumed.endswith("the same parameters and optimizer state, bit for bit")
     assert not list(tmp_path.iterdir())  # the checkpoint was temporary
+
+
+def test_overlapped_data_parallel_as_a_user_runs_it(tmp_path):
+    options = ["--learning-rates=0.02", "--epochs=1", "--batch-size=400", "--seeds=1", "--out=out"]
+    run = run_script("overlapped_data_parallel.py", *options, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "| learning rate | synchronous | overlapped | compensated |" in run.stdout
+    assert "0.02: the update of delay made no clear difference" in run.stdout  # one seed
+    assert "10/10" in run.stderr  # the progress bars'
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["options"]["learning_rates"] == [0.02]
+    accuracies = [runs[0][0] for runs in results["accuracies"].values()]
+    assert len(set(accuracies)) == 3
+    assert f"{100 * accuracies[2]:.1f} ± 0.0 %" in run.stdout
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pipeline_delay_as_a_user_runs_it(tmp_path):
+    options = ["--blocks=1", "--stages=2", "--updates=50", "--seeds=1", "--out=out"]
+    options += ["--sgd-rates=0.1", "--adam-rates", "--methods=both"]
+    run = run_script("pipeline_delay.py", *options, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "2 stages, delays 1 to 0, 50 updates, 1 seeds" in run.stdout
+    words = "SGD 0.1: the delays made no clear difference; both made no clear difference."
+    assert words in run.stdout  # one seed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["curves"]) == ["SGD"]
+    (methods,) = results["curves"]["SGD"].values()
+    assert sorted(methods) == ["both", "fresh", "stale"]
+    losses = {method: runs[0][-1] for method, runs in methods.items()}
+    assert max(losses.values()) < 4  # it learns: a uniform guess costs 4.5
+    assert len(set(losses.values())) == 3
+    for method, loss in losses.items():
+        assert f"| {method} | {loss:.2f} ± 0.00 |" in run.stdout
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("overlapped_data_parallel.py", "--batch-size", "30"),  # not a multiple of 8
+        ("overlapped_data_parallel.py", "--out", "a_file"),
+        ("pipeline_delay.py", "--stages", "9"),  # of a model with eight halves of blocks
+        ("pipeline_delay.py", "--updates", "60"),
+        ("pipeline_delay.py", "--methods", "fresh"),
+    ],
+)
+def test_examples_on_several_devices_refuse(name, option, value, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
+    module = importlib.import_module(name.removesuffix(".py"))
+    with pytest.raises(SystemExit) as exit_info:
+        module.parse_args([option, value])
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: argument {option}: " in message
+    assert value in message
