@@ -20,9 +20,15 @@ from optax_dcasgd.parameter_server._worker import Worker
 NAMESPACE = "optax_dcasgd"  # of the server's name, in Ray
 _REPORT_EVERY = 0.5  # seconds
 _MAX_DEATHS = 3  # of the server, without training between them
-# For large arrays, on Linux: glibc asks for large pages. Each gradient is written to new memory,
-# and to get that in pages of 4 KiB can take longer than to write it.
-_LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+_ENVIRONMENT = {
+    # An actor waits for each result at once, and a thread less is in the way of a small one.
+    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
+}
+_LARGE = {
+    # On Linux glibc asks for large pages. Each gradient is written to new memory, and to get it in
+    # pages of 4 KiB can take longer than to write it.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 _log = logging.getLogger("optax_dcasgd.parameter_server")
 
 
@@ -44,11 +50,14 @@ class Driver:
         self._version = 0
         self._wished = options.num_workers
         self._state_like = jax.eval_shape(tx.init, params)
-        usual: dict[str, Any] = {"max_restarts": -1, "enable_task_events": False}
-        if not worker_args[3].is_small:
-            usual["runtime_env"] = {"env_vars": _LARGE_PAGES}
+        usual = {"max_restarts": -1, "enable_task_events": False}
+        environment = {**_ENVIRONMENT, **({} if worker_args[3].is_small else _LARGE)}
+        worker_options, server_options = (
+            {**usual, **of_actor, "runtime_env": _add_to_runtime_env(of_actor, environment)}
+            for of_actor in (worker_options, server_options)
+        )
         spread = {"scheduling_strategy": "SPREAD"}
-        self._worker_class = ray.remote(Worker).options(**{**usual, **spread, **worker_options})
+        self._worker_class = ray.remote(Worker).options(**{**spread, **worker_options})
         # Put once, however many workers there are; and kept, since a restart needs them again.
         self._worker_args = [ray.put(arg) for arg in worker_args]
         self._make_workers(options.num_workers)
@@ -56,9 +65,7 @@ class Driver:
         named = {} if options.name is None else {"name": options.name, "namespace": NAMESPACE}
         restarts = {"max_restarts": 0 if options.checkpoint_dir is None else -1}
         host_params = jax.tree.map(np.asarray, params)
-        server_class = ray.remote(Server).options(
-            **{**usual, **restarts, **named, **server_options}
-        )
+        server_class = ray.remote(Server).options(**{**server_options, **restarts, **named})
         self._server_args = [ray.put(tx), ray.put(host_params)]
         self._server: Any = server_class.remote(
             *self._server_args, worker_args[3:], options, self._workers
@@ -180,6 +187,12 @@ class Driver:
                 *straggler,
             )
         return result
+
+
+def _add_to_runtime_env(options: Mapping[str, Any], environment: dict[str, str]) -> Any:
+    """The user's runtime environment, with variables that he has not set."""
+    given = options.get("runtime_env") or {}
+    return {**given, "env_vars": {**environment, **given.get("env_vars", {})}}
 
 
 def _bar(total: int, done: int) -> Any:
