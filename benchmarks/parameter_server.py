@@ -10,6 +10,7 @@ medians compared. Written as JSON to --out, printed as Markdown.
 
 import argparse
 import collections
+import contextlib
 import itertools
 import json
 import os
@@ -132,8 +133,10 @@ class Process(typing.NamedTuple):
 
 
 def processes():
-    found = psutil.process_iter(["cmdline"])
-    named = [Process(" ".join(p.info["cmdline"] or []), p) for p in found]
+    named = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may just have ended
+            named.append(Process(" ".join(process.cmdline()), process))
     return [p for p in named if p.name.startswith("ray::")]
 
 

@@ -18,6 +18,7 @@ cluster. To watch it recover:
 
 import argparse
 import collections
+import contextlib
 import json
 import logging
 import os
@@ -130,11 +131,13 @@ class Killer:
                     return
             newest = version
             for name in self.names:
-                found = [p for p in psutil.process_iter(["cmdline"])
-                         if name in " ".join(p.info["cmdline"] or [])]  # fmt: skip
-                for process in found[:1]:
-                    print(f"\nkilling {name}, process {process.pid}")
-                    process.kill()
+                # Ray, if started here, and its workers are children of this process.
+                for process in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.Error):  # it may just have ended
+                        if name in " ".join(process.cmdline()):
+                            print(f"\nkilling {name}, process {process.pid}")
+                            process.kill()
+                            break
 
     def newest(self) -> int:
         """The updates in the newest checkpoint."""
@@ -194,6 +197,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--address", default=None, help="of a Ray cluster; by default Ray starts on this machine")
     add("--out", type=Path, default=Path("ray_parameter_server_out"), help="folder for results")
     args = parser.parse_args(argv)
+    if args.address and (args.kill_worker or args.kill_server):
+        parser.error("--kill-worker and --kill-server need Ray to be started here: no --address")
     if args.gradients < 20 * args.workers:
         parser.error(f"argument --gradients: {args.workers} workers need {20 * args.workers}")
     args.out.mkdir(parents=True, exist_ok=True)

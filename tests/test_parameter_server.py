@@ -39,9 +39,15 @@ def started_ray():
 
 
 def actors():
-    """The processes of Ray's actors, and of those that wait to become one."""
-    processes = psutil.process_iter(["cmdline"])
-    return [p for p in processes if "ray::" in " ".join(p.info["cmdline"] or [])]
+    """The processes, started from here, of Ray's actors and of those that may become one."""
+    return [p for p in psutil.Process().children(recursive=True) if "ray::" in name_of(p)]
+
+
+def name_of(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
 
 
 @pytest.fixture(autouse=True)
@@ -49,15 +55,13 @@ def nothing_left_running():
     before = {p.pid for p in actors()}
     yield
     deadline = time.monotonic() + 20
-    while left := [
-        p for p in actors() if p.pid not in before and "IDLE" not in " ".join(p.cmdline())
-    ]:
+    while left := [p for p in actors() if p.pid not in before and "IDLE" not in name_of(p)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
 def server_process():
-    return next((p for p in actors() if "ray::Server" in " ".join(p.info["cmdline"])), None)
+    return next((p for p in actors() if "ray::Server" in name_of(p)), None)
 
 
 def train(num_updates=100, tx=TX, batches=(X, Y), grad_fn=grad_fn, params=PARAMS, **options):
