@@ -173,9 +173,13 @@ def test_narrow_transport_rounds_the_gradient():
         )
 
     result = train(60, transport_dtype=jnp.bfloat16)
-    assert_replays(result, grad_fn=rounded_grad_fn)
-    exact = simulation.run(grad_fn, PARAMS, TX, (X, Y), result.arrivals)
-    assert abs(exact.params["out"] - result.params["out"]).max() > 1e-5
+
+    def distance(grad_fn):
+        replayed = simulation.run(grad_fn, PARAMS, TX, (X, Y), result.arrivals)
+        return optax.tree.norm(optax.tree.sub(replayed.params, result.params))
+
+    # Not to the bit: what is off by a rounding may be rounded to another bfloat16.
+    assert distance(rounded_grad_fn) < 0.1 * distance(grad_fn)
 
 
 def test_an_optimizer_with_a_random_key_in_its_state(tmp_path):
@@ -213,7 +217,8 @@ def test_stale_gradients_are_dropped_and_their_batches_kept(tmp_path):
 
 def test_workers_that_are_killed(tmp_path):
     indices = {20, 21, 60, 61, 62, 100, 140}
-    result = train(200, batches=cases.Faulty(tmp_path, indices, cases.die))
+    # Long enough for Ray to notice the last one too.
+    result = train(1200, batches=cases.Faulty(tmp_path, indices, cases.die))
     assert kinds(result)["worker lost"] == len(indices), result.events
     assert kinds(result)["worker back"] >= 3
     assert_each_batch_once(result)

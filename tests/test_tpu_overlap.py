@@ -5,6 +5,7 @@ The steps, and how a schedule is read, are those of benchmarks/tpu_overlap.py.
 pytest -m tpu_compile tests/test_tpu_overlap.py
 """
 
+import importlib.metadata
 import importlib.util
 import pathlib
 import sys
@@ -58,7 +59,6 @@ def figures(benchmark, chip, step, reduction="pmean", options=True):
     return benchmark.figures(benchmark.schedule(compiled.as_text()))
 
 
-@pytest.mark.tpu_compile
 def test_a_schedule_is_read_in_its_order(benchmark):
     kinds = [event for event, _, _ in benchmark.schedule(BLOCKING)]
     assert kinds == ["forward", "blocking", "backward"]
@@ -79,6 +79,9 @@ def test_by_default_an_all_reduce_blocks(benchmark, step):
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
 def test_with_options_only_the_overlapped_step_reduces_during_its_forward_pass(benchmark, chip):
+    version = tuple(map(int, importlib.metadata.version("libtpu").split(".")[:3]))
+    if chip != "v5e" and version < (0, 0, 52):
+        pytest.skip("libtpu 0.0.42 does not yet overlap on v5p and v6e")
     found = figures(benchmark, chip, "overlapped")
     assert found["under_forward"] >= 1
     assert found["forward_matmuls_covered"] >= 2
