@@ -179,7 +179,7 @@ def test_narrow_transport_rounds_the_gradient():
         return optax.tree.norm(optax.tree.sub(replayed.params, result.params))
 
     # Not to the bit: what is off by a rounding may be rounded to another bfloat16.
-    assert distance(rounded_grad_fn) < 0.1 * distance(grad_fn)
+    assert distance(rounded_grad_fn) < 0.5 * distance(grad_fn)
 
 
 def test_an_optimizer_with_a_random_key_in_its_state(tmp_path):
