@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import parameter_server_cases as cases
+import psutil
 import pytest
+import ray
 from parameter_server_cases import PARAMS, TX, X, Y, grad_fn
 
 from optax_dcasgd import add_delay_compensation, parameter_server, simulation
 
-ray = pytest.importorskip("ray")
-psutil = pytest.importorskip("psutil")
 pytestmark = pytest.mark.ray
 
 
@@ -362,6 +362,8 @@ def test_resumed_by_default(tmp_path):
         train(300, params=wider, batches=(X, np.zeros((64, 16, 4), np.float32)), **options)
     with pytest.raises(ValueError, match="holds another model"):
         train(300, tx=optax.sgd(0.1), **options)
+    with pytest.raises(ValueError, match="mode: async there and mode: sync here"):
+        train(300, mode="sync", **options)
 
 
 def test_a_directory_that_cannot_be_used(tmp_path):

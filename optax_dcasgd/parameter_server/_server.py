@@ -371,7 +371,6 @@ class Server:
         self._next_batch, self._num_bad = meta["next_batch"], meta["num_bad"]
         self._again.extend(meta["again"])
         self._time = meta["time"]
-        self._started = time.monotonic() - self._time
         self._event("resumed", None, f"from the checkpoint of {version} updates")
 
     # Reports.

@@ -87,7 +87,7 @@ def train(
         machine, and stopped at the end.
       worker_options: Options of Ray for each worker's actor, such as ``{"num_gpus": 1}`` or
         ``{"num_cpus": 4, "resources": {...}}``. By default workers are spread over the nodes.
-      server_options: The same for the server's.
+      server_options: The same for the server's, but for its name and restarts.
 
     Returns:
       The last parameters and the optimizer's last state, as JAX arrays; the `History`, with one
@@ -98,7 +98,7 @@ def train(
       ImportError: If Ray, or Orbax where it is needed, is not installed.
       TypeError: If an argument has no legal type.
       ValueError: If an argument is out of range, a gradient does not fit the parameters, or
-        ``checkpoint_dir`` holds another model.
+        ``checkpoint_dir`` holds another model, or a run in another mode.
       OSError: If ``checkpoint_dir`` cannot be written.
       RuntimeError: If more than ``max_bad_pushes`` gradients were refused (a checkpoint has been
         written), no worker is left, or the server died and there is no checkpoint to go on from.
@@ -165,7 +165,8 @@ def train(
     of_grads = Layout(returned[1])
     layouts = Layout(params), of_grads, of_grads.cast(transport_dtype)
 
-    signature = _checkpoint.signature(params=params, state=jax.eval_shape(tx.init, params))
+    signature = [f"mode: {mode}"]  # the rows of a history are of one kind
+    signature += _checkpoint.signature(params=params, state=jax.eval_shape(tx.init, params))
     if checkpoint_dir is not None:
         checkpoint_dir = _checkpoint.check(
             checkpoint_dir, signature, resume=resume, num_updates=num_updates
