@@ -139,11 +139,19 @@ class Trainer:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def _evaluate(self, params: Any, data: Any) -> dict[str, jax.Array]:
-        def error(images: jax.Array, labels: jax.Array) -> jax.Array:
-            return jnp.mean(jnp.argmax(self._logits(params, images), axis=-1) != labels)
+        def logits(images: jax.Array) -> jax.Array:
+            def of_one(image: jax.Array) -> jax.Array:
+                return self._logits(params, image[None])[0]
 
+            return jax.lax.map(of_one, images, batch_size=self.problem.evaluate_at_once)
+
+        def error(images: jax.Array, labels: jax.Array) -> jax.Array:
+            return jnp.mean(jnp.argmax(logits(images), axis=-1) != labels)
+
+        images, labels = data["train"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(images), labels)
         return {
-            "training_loss": self._loss(params, data["train"]),
+            "training_loss": losses.mean(),
             "validation_error": error(*data["validation"]),
             "test_error": error(*data["test"]),
         }

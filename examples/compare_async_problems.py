@@ -88,12 +88,13 @@ class Problem:
     target: float  # training loss
     good: float  # test error under which a learning rate counts as one that works
     at_once: int  # how many runs are vectorized; the rest follow in the same program
+    evaluate_at_once: int  # images: their patches should fit a core's cache
 
 
 PROBLEMS = {
-    "digits": Problem(digits, MLP, 1077, 2000, 25, 0.05, 0.1, at_once=64),
+    "digits": Problem(digits, MLP, 1077, 2000, 25, 0.05, 0.1, 64, evaluate_at_once=1077),
     # One at a time: vectorized, the slices of a convolution are slower than one after another.
-    "mnist": Problem(mnist, CNN, 3000, 1500, 50, 0.1, 0.15, at_once=1),
+    "mnist": Problem(mnist, CNN, 3000, 1500, 50, 0.1, 0.15, 1, evaluate_at_once=250),
 }
 
 
