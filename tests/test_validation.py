@@ -61,6 +61,11 @@ def call(tx, grads, params, state=None, **extra_args):
     return (tx.step if hasattr(tx, "step") else tx.update)(grads, state, params, **extra_args)
 
 
+def gradients_of(tx):
+    """What the tree of gradients is called in the signature of what ``call`` calls."""
+    return "grads" if hasattr(tx, "step") else "updates"
+
+
 def raises(error, *parts):
     """``pytest.raises`` for a message in which these texts occur, in order."""
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts))
@@ -456,8 +461,9 @@ WRONG_SHAPES = {
 @pytest.mark.parametrize("case", WRONG_STRUCTURES | WRONG_SHAPES)
 def test_gradients_that_do_not_fit_the_parameters_are_refused(name, case):
     tree, path = (WRONG_STRUCTURES | WRONG_SHAPES)[case]
-    with pytest.raises(ValueError, match=rf"(?s)(updates|grads).*{re.escape(path)}"):
-        call(TRANSFORMATIONS[name](), tree, PARAMS)
+    tx = TRANSFORMATIONS[name]()
+    with raises(ValueError, gradients_of(tx), path):
+        call(tx, tree, PARAMS)
 
 
 @transformations
@@ -501,8 +507,9 @@ def test_bare_arrays_are_named_by_the_argument_alone():
 @transformations
 def test_a_complex_gradient_of_a_real_parameter_is_refused(name):
     grads = changed(GRADS, "dense", "bias", value=jnp.ones(3, jnp.complex64))
-    with pytest.raises(TypeError, match=r"(updates|grads)\['dense'\]\['bias'\].*complex"):
-        call(TRANSFORMATIONS[name](), grads, PARAMS)
+    tx = TRANSFORMATIONS[name]()
+    with raises(TypeError, f"{gradients_of(tx)}['dense']['bias']", "complex"):
+        call(tx, grads, PARAMS)
 
 
 @transformations
