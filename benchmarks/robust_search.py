@@ -69,6 +69,17 @@ def he(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return np.float32(rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape))
 
 
+def classification(init: Any, logits: Any, *args: Any, **kwargs: Any) -> Problem:
+    """A `Problem` of classes, where the share of wrong answers is reported."""
+    return Problem(
+        init,
+        lambda params, x, y: cross_entropy(logits(params, x), y),
+        lambda params, x, y: error(logits(params, x), y),
+        *args,
+        **kwargs,
+    )
+
+
 def digits() -> Problem:
     """scikit-learn's digits and a 64-64-64-10 ReLU network."""
     from sklearn.datasets import load_digits
@@ -93,10 +104,9 @@ def digits() -> Problem:
             x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
         return x @ last["kernel"] + last["bias"]
 
-    return Problem(
+    return classification(
         init,
-        lambda params, x, y: cross_entropy(logits(params, x), y),
-        lambda params, x, y: error(logits(params, x), y),
+        logits,
         (train_x, train_y),
         (test_x, test_y),
         {
@@ -139,10 +149,9 @@ def mnist() -> Problem:
             x = jax.nn.relu(jnp.concatenate(taps, -1) @ kernel + params[name]["bias"])
         return x.reshape(len(x), -1) @ params["linear"]["kernel"] + params["linear"]["bias"]
 
-    return Problem(
+    return classification(
         init,
-        lambda params, x, y: cross_entropy(logits(params, x), y),
-        lambda params, x, y: error(logits(params, x), y),
+        logits,
         (images[:4000], labels[:4000]),
         (images[4000:], labels[4000:]),
         {"sgd": [0.05, 0.1, 0.2, 0.4, 0.8], "momentum": [0.005, 0.01, 0.02, 0.05, 0.1]},

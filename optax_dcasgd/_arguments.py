@@ -128,7 +128,7 @@ def check_accumulator_dtype(accumulator_dtype: Any) -> Any:
 
 
 def check_worker(worker: Any, num_workers: int) -> jax.Array:
-    """Returns the worker index as an int32 scalar.
+    """Returns the worker index as an int32 scalar, clamped where its value cannot be checked.
 
     Raises:
       TypeError: If it is not an integer scalar.
@@ -149,7 +149,7 @@ def check_worker(worker: Any, num_workers: int) -> jax.Array:
         raise ValueError(
             f"worker must be at least 0 and below num_workers={num_workers}; got {worker}."
         )
-    return jnp.asarray(worker, jnp.int32)
+    return jnp.clip(jnp.asarray(worker, jnp.int32), 0, num_workers - 1)
 
 
 def check_transformation(name: str, value: Any) -> None:

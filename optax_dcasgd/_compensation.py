@@ -186,8 +186,8 @@ def add_delay_compensation(
     Returns:
       A transformation whose updates have the dtype of their parameter. ``update`` takes
       ``stale_params`` (a tree like the parameters) and ``worker`` (an int, or an integer array of
-      shape (); a traced index out of range is clamped, as by ``jax.lax.dynamic_index_in_dim``), and
-      ignores other extra arguments. A parameter without a gradient (``None``) gets no update.
+      shape (); a JAX array out of range is clamped to it), and ignores other extra arguments. A
+      parameter without a gradient (``None``) gets no update.
 
     Raises:
       ValueError: If an argument is out of range; in ``update``, if ``params`` is missing, if

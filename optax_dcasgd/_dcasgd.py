@@ -263,7 +263,7 @@ def _make(
         **extra_args: Any,
     ) -> tuple[Any, DCASGDState]:
         del extra_args
-        _trees.check_updates(grads, params)
+        _trees.check_updates(grads, params, "grads" if step else "updates")
         _trees.check_state(params, state.momentum, state.nu)
         if store is None:
             _stale_params.require(stale_params)

@@ -138,13 +138,13 @@ def track_velocity(
         del params, extra_args
         _trees.check_updates(updates, state.velocity)
 
-        def average(update: Any, velocity: Any) -> tuple[Any]:
-            # An update of None leaves its parameter where it is: it counts as zero.
-            dtype = _trees.compute_dtype(velocity)
-            new = 0 if update is None else jnp.asarray(update, dtype)
-            return ((decay * velocity + (1 - decay) * new).astype(velocity.dtype),)
+        def average(update: Any, velocity: Any) -> Any:
+            if update is None:  # leaves the parameters below where they are: counts as zero
+                return jax.tree.map(lambda v: average(0, v), velocity)
+            new = jnp.asarray(update, _trees.compute_dtype(velocity))
+            return (decay * velocity + (1 - decay) * new).astype(velocity.dtype)
 
-        (velocity,) = _trees.map_leaves(average, 1, updates, state.velocity)
+        velocity = jax.tree.map(average, updates, state.velocity, is_leaf=_trees.is_none)
         return updates, TrackVelocityState(velocity)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -190,8 +190,9 @@ def _shrink(
         # By selection, as 0/0 may stand where it is not used: a gradient that was always zero.
         factor = jnp.where(moved, jnp.clip(1 + lamda * along / root, 0, 1), 1)
     if max_norm is not None:
-        norm, largest = jnp.sqrt(squared), max_norm * root
-        factor *= jnp.where(norm > largest, largest / norm, 1)
+        # No root of zero, which has no derivative.
+        norm, largest = jnp.sqrt(jnp.where(squared > 0, squared, 1)), max_norm * root
+        factor *= jnp.where((squared > 0) & (norm > largest), largest / norm, 1)
     return jnp.where(factor == 1, grad, grad * factor), nu
 
 

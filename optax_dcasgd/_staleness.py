@@ -199,7 +199,11 @@ def scale_by_gap(
             dtype = _trees.compute_dtype(grad, param, nu)
             real = _trees.real_dtype(dtype)
             distance = jnp.abs(jnp.asarray(param, dtype) - jnp.asarray(stale, dtype))
-            typical_step = jnp.sqrt(nu.astype(real) / weight.astype(real))
+            # Where w never moved ν is zero (so is the weight on the first update), and the root has
+            # no derivative there.
+            moved = nu > 0
+            square = jnp.where(moved, nu.astype(real) / jnp.where(moved, weight.astype(real), 1), 1)
+            typical_step = jnp.where(moved, jnp.sqrt(square), 0)
             gap = 1 + distance / (typical_step + jnp.asarray(eps_now, real))
             # 0/0 on the first update, and for ε = 0 where w never moved: not used there.
             gap = jnp.where(first | (distance == 0), 1, gap)

@@ -108,8 +108,13 @@ def check_params(params: Any) -> None:
             )
 
 
-def check_updates(updates: Any, params: Any) -> None:
+def check_updates(updates: Any, params: Any, argument: str = "updates") -> None:
     """Checks that gradients fit the parameters; a gradient that is ``None`` fits any subtree.
+
+    Args:
+      updates: The gradients.
+      params: The parameters.
+      argument: What the caller's signature calls the gradients, for the message.
 
     Raises:
       ValueError: If ``params`` is missing, or names the leaf whose structure or shape differs.
@@ -117,11 +122,11 @@ def check_updates(updates: Any, params: Any) -> None:
     """
     if params is None:
         raise ValueError(NO_PARAMS_MSG)
-    _check_structure("updates", updates, params, skip=lambda update, _: update is None)
+    _check_structure(argument, updates, params, skip=lambda update, _: update is None)
 
     def check(path: Any, update: Any, param: Any) -> None:
         if update is not None:
-            name = f"updates{jax.tree_util.keystr(path)}"
+            name = argument + jax.tree_util.keystr(path)
             _check_shape(name, update, jnp.shape(param), "the parameter")
             _check_real(name, update, param)
 

@@ -76,6 +76,9 @@ def DCASGD(  # noqa: N802 (MXNet's name)
       version: 2 or 1, whose rule to follow.
       **not_here: MXNet's other arguments, which have no meaning here, are refused by name.
 
+    Under ``optax.inject_hyperparams`` the integers have to be listed:
+    ``static_args=("begin_num_update", "version")``.
+
     Returns:
       A transformation for ``optax.apply_updates``. Its updates are those of MXNet to float32
       rounding. ``update`` takes ``stale_params`` as `dcasgd` does.
@@ -127,7 +130,7 @@ def DCASGD(  # noqa: N802 (MXNet's name)
             _arguments.check_scalar(f"{name}{jax.tree_util.keystr(path)}", leaf, schedule=False)
     schedule = _schedule(learning_rate, lr_scheduler, begin_num_update)
 
-    parts: list[optax.GradientTransformation] = [optax.scale(rescale_grad)]
+    parts: list[optax.GradientTransformation] = [_widen(), optax.scale(rescale_grad)]
     if clip_gradient is not None:
         parts.append(optax.clip(clip_gradient))
     has_decay = wd_mult is not None or not _is_zero(wd)
@@ -137,8 +140,10 @@ def DCASGD(  # noqa: N802 (MXNet's name)
         parts += [*decayed_weights, dcasgd(schedule, buffer, lamda)]
     else:
         parts += [add_delay_compensation(lamda), *decayed_weights]
-        parts += [optax.scale_by_learning_rate(schedule)]
-        parts += [] if buffer is None else [optax.trace(buffer)]  # behind lr: lr stands inside
+        if buffer is None:
+            parts.append(optax.scale_by_learning_rate(schedule))
+        else:  # compensated already; of dcasgd the momentum remains, with lr inside, in float32
+            parts.append(dcasgd(schedule, buffer, 0.0, store="updates"))
     if lr_mult is not None:  # constant, so it commutes with the momentum
         parts.append(_scale_by_tree("lr_mult", lr_mult))
     optimizer = optax.chain(*parts)
@@ -164,6 +169,16 @@ def _is_zero(x: Any) -> bool:
     return isinstance(x, int | float) and x == 0
 
 
+def _widen() -> optax.GradientTransformation:
+    """Casts gradients to at least float32, in which the links of Optax then leave them."""
+
+    def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params
+        return jax.tree.map(lambda g: jnp.asarray(g, _trees.compute_dtype(g)), updates)
+
+    return optax.stateless(update)
+
+
 def _add_decayed_weights(wd: Any, wd_mult: Any) -> optax.GradientTransformation:
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         _trees.check_updates(updates, params)
@@ -171,7 +186,9 @@ def _add_decayed_weights(wd: Any, wd_mult: Any) -> optax.GradientTransformation:
         def leaf(grad: Any, param: Any, mult: Any) -> Any:
             if grad is None:
                 return None
-            return grad + jnp.asarray(wd * mult, _trees.dtype_of(grad)) * param
+            dtype = _trees.compute_dtype(grad, param)
+            decayed = jnp.asarray(grad, dtype) + jnp.asarray(wd * mult, dtype) * param
+            return decayed.astype(jnp.result_type(grad, param))
 
         mult = _trees.broadcast_prefix("wd_mult", 1.0 if wd_mult is None else wd_mult, updates)
         return jax.tree.map(leaf, updates, params, mult, is_leaf=_trees.is_none)
@@ -182,7 +199,11 @@ def _add_decayed_weights(wd: Any, wd_mult: Any) -> optax.GradientTransformation:
 def _scale_by_tree(name: str, factors: Any) -> optax.GradientTransformation:
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
-        tree = _trees.broadcast_prefix(name, factors, updates)
-        return jax.tree.map(lambda u, m: u * jnp.asarray(m, _trees.dtype_of(u)), updates, tree)
+
+        def leaf(update: Any, factor: Any) -> Any:
+            product = update * jnp.asarray(factor, _trees.compute_dtype(update))
+            return product.astype(_trees.dtype_of(update))
+
+        return jax.tree.map(leaf, updates, _trees.broadcast_prefix(name, factors, updates))
 
     return optax.stateless(update)

@@ -112,8 +112,8 @@ MUTATIONS = [
         8,
         "momentum cannot be used with MXNet 1.x's rule",
         "mxnet.py",
-        "[] if buffer is None else [optax.trace(buffer)]",
-        "[]",
+        'parts.append(dcasgd(schedule, buffer, 0.0, store="updates"))',
+        "parts.append(optax.scale_by_learning_rate(schedule))",
         MXNET,
     ),
     Mutation(

@@ -127,6 +127,24 @@ def test_a_push_without_a_worker_still_completes_the_last_workers_backup():
     assert_bit_equal(backups, params[1])
 
 
+@pytest.mark.parametrize(("index", "clamped"), [(7, 2), (3, 2), (-1, 0), (-(2**31), 0)])
+def test_a_traced_worker_out_of_range_is_clamped_in_every_respect(index, clamped):
+    """Its own backup is completed on the next call too, and it alone."""
+    tx = optax_dcasgd.dcasgd(0.1, None, 0.5, num_workers=3)
+    update = jax.jit(tx.update)
+
+    def train(worker):
+        params, outputs = jnp.ones(2), []
+        state = tx.init(params)
+        for i in (0, worker, 1, worker, 2):
+            updates, state = update(jnp.sin(params), state, params, worker=jnp.int32(i))
+            params = params + updates
+            outputs.append((params, state))
+        return outputs
+
+    jax.tree.map(np.testing.assert_array_equal, train(index), train(clamped))
+
+
 def test_nu_is_kept_in_float32_for_low_precision_parameters():
     """Fault 10: in bfloat16, 0.999·ν + 0.001·g² stops moving at once."""
     params = jnp.ones(4, jnp.bfloat16)

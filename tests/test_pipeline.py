@@ -146,6 +146,16 @@ def test_an_update_that_is_none_counts_as_zero():
     np.testing.assert_array_equal(state.velocity["b"], 1.0)
 
 
+def test_a_parameter_that_is_none_has_no_velocity_and_a_subtree_without_updates_keeps_its_own():
+    params = {"frozen": None, "a": {"w": jnp.ones(2), "b": jnp.ones(())}}
+    tx = track_velocity(0.5)
+    _, state = tx.update(params, tx.init(params), params)
+    _, state = tx.update({"frozen": None, "a": None}, state, params)
+    want = {"frozen": None, "a": {"w": np.full(2, 0.25), "b": np.float64(0.25)}}
+    assert jax.tree.structure(state.velocity) == jax.tree.structure(want)
+    assert_close(state.velocity, want)
+
+
 # --- pipeline_delays ---
 
 

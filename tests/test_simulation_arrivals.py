@@ -97,6 +97,10 @@ def test_workers_by_mapping_or_by_number():
     by_number = arrivals(slowdown=(1, 4, 1), start=np.array([0, 0, 3]), stop=[2.0, INF, INF])
     jax.tree.map(np.testing.assert_array_equal, by_mapping, by_number)
     assert not np.array_equal(by_mapping.time, arrivals().time)
+    traced = jax.vmap(lambda x: arrivals(slowdown={1: x}, start={2: 3.0}, stop={0: 2}))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a[0], b), traced(4 + jnp.arange(2.0)), by_mapping
+    )
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 7])
@@ -215,6 +219,8 @@ def test_a_wrong_file_is_refused(tmp_path):
         ({"slowdown": [1.0]}, ValueError, "slowdown must be 3 numbers"),
         ({"slowdown": 2.0}, ValueError, "slowdown must be 3 numbers"),
         ({"slowdown": ["a", "b", "c"]}, ValueError, "slowdown must be 3 numbers"),
+        ({"slowdown": {0: "a"}}, ValueError, "slowdown must be 3 numbers"),
+        ({"slowdown": {0: None}}, ValueError, "slowdown must be 3 numbers"),
         ({"slowdown": {3: 1.0}}, ValueError, "slowdown names worker 3"),
         ({"slowdown": {-1: 1.0}}, ValueError, "slowdown must be at least 0"),
         ({"slowdown": {0: 0.0}}, ValueError, "slowdown must be finite and above 0"),

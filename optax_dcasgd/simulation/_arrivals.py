@@ -128,6 +128,10 @@ def check(arrivals: Any) -> int:
     """
     if not isinstance(arrivals, Arrivals):
         raise TypeError(f"arrivals must be a simulation.Arrivals; got {arrivals!r}.")
+    for name in _ARRAYS:
+        array = getattr(arrivals, name)
+        if array is not None and not hasattr(array, "shape"):
+            raise TypeError(f"arrivals.{name} must be an array; got {array!r}.")
     shape = jnp.shape(arrivals.worker)
     if len(shape) != 1 or shape[0] == 0:
         raise ValueError(f"arrivals.worker must have shape (num_updates,); got {shape}.")
@@ -307,19 +311,19 @@ def _push(duration: Any, events: _Workers, t: Any) -> tuple[_Workers, Any]:
 
 
 def _per_worker(name: str, value: Any, num_workers: int, default: float) -> Any:
-    """An array of one number a worker; NumPy's unless it is traced."""
+    """An array of one number a worker; NumPy's unless one is traced."""
     if value is None:
         value = {}
     if isinstance(value, Mapping):
-        result = np.full(num_workers, default)
+        numbers = [default] * num_workers
         for worker, number in value.items():
             _arguments.check_integer(f"A worker in {name}", worker, minimum=0)
             if worker >= num_workers:
                 raise ValueError(f"{name} names worker {worker}, but num_workers={num_workers}.")
-            result[worker] = number
-        return result
-    if not isinstance(value, jax.core.Tracer):
-        value = np.asarray(value)
+            numbers[worker] = number
+        value = numbers
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value))
+    value = jnp.asarray(value) if traced else np.asarray(value)
     if value.shape != (num_workers,) or value.dtype.kind not in "fiu":
         raise ValueError(
             f"{name} must be {num_workers} numbers, one a worker, or a mapping from workers to "
