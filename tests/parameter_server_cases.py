@@ -4,6 +4,8 @@ The workers are other processes, so that a fault has to be in what they are sent
 fault at some index, which happens once (a file says whether it has).
 """
 
+import gc
+import multiprocessing.connection
 import os
 import pathlib
 import signal
@@ -36,6 +38,16 @@ def loss(params, batch, key):
 
 
 grad_fn = jax.value_and_grad(loss)
+
+
+def padded(params):
+    """Too large for a message."""
+    return {"model": params, "padding": np.ones((300, 200), np.float32)}
+
+
+def padded_grad_fn(params, batch, key):
+    value, grads = grad_fn(params["model"], batch, key)
+    return value, {"model": grads, "padding": 1e-3 * params["padding"]}
 
 
 class Batches:
@@ -99,6 +111,14 @@ class Faulty(Batches):
 
 def die(batch):
     os.kill(os.getpid(), signal.SIGKILL)
+    return batch
+
+
+def disconnect(batch):
+    """From the server, without dying."""
+    for thing in gc.get_objects():
+        if isinstance(thing, multiprocessing.connection.Connection) and not thing.closed:
+            thing.close()
     return batch
 
 

@@ -1,5 +1,6 @@
 """The driver, which runs where `train` is called: it starts the actors and watches over them."""
 
+import contextlib
 import logging
 import math
 import time
@@ -19,6 +20,7 @@ from optax_dcasgd.parameter_server._worker import Worker
 
 NAMESPACE = "optax_dcasgd"  # of the server's name, in Ray
 _REPORT_EVERY = 0.5  # seconds
+_CLOSE_TIMEOUT = 2.0  # seconds
 _MAX_DEATHS = 3  # of the server, without training between them
 _ENVIRONMENT = {
     # An actor waits for each result at once, and a thread less is in the way of a small one.
@@ -81,7 +83,10 @@ class Driver:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        for actor in [*self._workers.values(), self._server]:
+        # The workers' ends are no faults, which Ray would report to the server, and to the user.
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._server.close.remote(), timeout=_CLOSE_TIMEOUT)
+        for actor in [self._server, *self._workers.values()]:
             ray.kill(actor)
 
     def _make_workers(self, num_workers: int) -> None:
