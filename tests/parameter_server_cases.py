@@ -9,6 +9,7 @@ import multiprocessing.connection
 import os
 import pathlib
 import signal
+import socket
 import time
 
 import jax
@@ -107,6 +108,17 @@ class Faulty(Batches):
         if i in self.indices and once(f"{self.directory}/fault-{i}"):
             return self.fault(batch)
         return batch
+
+
+class Unreachable(Batches):
+    """Once a worker has it, it cannot connect to anybody."""
+
+    def __setstate__(self, state):
+        def refuse(*args, **options):
+            raise TimeoutError("timed out")
+
+        self.__dict__.update(state)
+        socket.create_connection = refuse
 
 
 def die(batch):

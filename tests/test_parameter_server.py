@@ -255,6 +255,12 @@ def test_a_worker_whose_connection_breaks(tmp_path):
     assert_replays(result)
 
 
+def test_workers_that_cannot_connect():
+    message = r"No worker is left.*cannot reach the server at .*, port \d+: TimeoutError"
+    with pytest.raises(RuntimeError, match=message):
+        train(batches=cases.Unreachable())
+
+
 def test_strangers_who_connect_to_the_server(tmp_path):
     """One that is silent, one that makes noise, one with another key: training goes on."""
     connected, refused = [], []

@@ -59,9 +59,6 @@ class Calls(Protocol):
     def wait(self, seconds: float) -> list[tuple[int, News]]:
         """What has come, in that order; waits for it if need be, but not for longer."""
 
-    def close(self) -> None:
-        """Lets all workers go."""
-
 
 class StreamCalls:
     """For small messages: one long call of Ray's a worker, and a stream for the tasks within it.
@@ -125,11 +122,6 @@ class StreamCalls:
             news.append((index, Ready()))
         return news
 
-    def close(self) -> None:
-        self._listener.close()
-        for index in list(self._actors):
-            self.stop(index)
-
     def _ask_ray(self) -> list[tuple[int, News]]:
         """What has become of the calls that are over."""
         news: list[tuple[int, News]] = []
@@ -184,9 +176,6 @@ class RayCalls:
         if done and rest:
             done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         return [self._news(ref) for ref in done]
-
-    def close(self) -> None:
-        self._actors.clear()
 
     def _news(self, ref: ray.ObjectRef[Any]) -> tuple[int, News]:
         index = self._calls.pop(ref)

@@ -3,8 +3,8 @@
 It sends each idle worker a batch and the newest parameters as one task, whose answer is the
 gradient: a pull and the next push are one round trip. A task gets exactly one answer, or the worker
 is lost; so a gradient is applied once or not at all, and what a lost worker was to compute goes to
-another. Answers that have come by the time the server looks are applied one after another, in the
-order in which they came, and the parameters are sent out once after all.
+another. Answers that have come by the time the server looks, and while it applies them, are applied
+one after another, in the order in which they came; the parameters are sent out once after all.
 
 Only one thread ever works here. The driver calls `advance` again and again, and so has the reins
 between two calls: for a checkpoint, for workers that join or leave, to stop.
@@ -144,9 +144,12 @@ class Server:
             if left <= 0:
                 break
             self._send_out()
-            for index, news in self._calls.wait(left):
-                self._receive(index, news)
-            self._apply()
+            come = self._calls.wait(left)
+            while come:  # and what has come during the update
+                for index, news in come:
+                    self._receive(index, news)
+                self._apply()
+                come = self._calls.wait(0)
         self._retire()
         return self._status()
 
@@ -162,10 +165,6 @@ class Server:
         """Parameters and optimizer state as host arrays, and the history."""
         rows = self._rows[: self._version]
         return self._update.params_to_host(), self._update.state_to_host(), rows
-
-    def close(self) -> None:
-        """Lets all workers go."""
-        self._calls.close()
 
     # Pull.
 
