@@ -1,11 +1,14 @@
 """What a push costs on Ray, how much memory the server needs, and what faults cost.
 
-    python benchmarks/parameter_server.py                 # all, about six minutes
-    python benchmarks/parameter_server.py speed memory    # some: speed, memory, replay, faults
+    python benchmarks/parameter_server.py                 # all, about twelve minutes
+    python benchmarks/parameter_server.py speed memory    # some: speed, memory, replay,
+                                                          # worker_faults, server_faults
 
 A push is compared with the plain loop: a server with the methods pull and push, and workers that
 call one, compute, and call the other. Both apply the same jitted update; rounds are interleaved and
-medians compared. Written as JSON to --out, printed as Markdown.
+medians compared. The loop runs on Ray as it comes, and once more on Ray as `train` starts it, with
+an object store that is cleared at once. Written as JSON to --out, what is there of other
+measurements is kept; and printed.
 """
 
 import argparse
@@ -76,6 +79,17 @@ class PlainWorker:
             ray.get(server.push.remote(worker, grads))
 
 
+RAY = {"address": "local", "num_cpus": 8, "include_dashboard": False, "log_to_driver": False}
+CLEARED = {"_system_config": {"free_objects_period_milliseconds": 0}}
+
+
+@contextlib.contextmanager
+def started(**options):
+    ray.init(**{**RAY, **options})
+    yield
+    ray.shutdown()
+
+
 def plain(size, num_workers, num_pushes, warm_up):
     """Seconds a push."""
     server = ray.remote(PlainServer).remote(size)
@@ -111,16 +125,20 @@ def measure_speed(rounds):
     }
     report = {}
     for name, case in cases.items():
-        times = {"plain loop": [], "train": []}
+        times = {"plain loop": [], "plain loop, store cleared at once": [], "train": []}
         for _ in range(rounds):
-            times["plain loop"].append(1e3 * plain(*case))
+            with started():
+                times["plain loop"].append(1e3 * plain(*case))
+            with started(**CLEARED):
+                times["plain loop, store cleared at once"].append(1e3 * plain(*case))
             times["train"].append(1e3 * ours(*case))
         report[name] = {
             "milliseconds a push": {k: statistics.median(v) for k, v in times.items()},
             "rounds": times,
-            "ratio": statistics.median(
-                a / b for a, b in zip(times["plain loop"], times["train"], strict=True)
-            ),
+            "ratio": {
+                k: statistics.median(a / b for a, b in zip(v, times["train"], strict=True))
+                for k, v in times.items()
+            },
         }
     return report
 
@@ -262,11 +280,13 @@ def measure_replay():
     }
 
 
-def kill_again_and_again(kind, every, times):
+def kill_again_and_again(kind, every, times, begin=lambda: True):
     """Kills one of the processes, chosen at random, every so many seconds; returns a thread."""
 
     def kill():
         draw = random.Random(0)
+        while not begin():
+            time.sleep(0.1)
         for _ in range(times):
             time.sleep(every)
             found = [p for p in processes() if kind in p.name]
@@ -278,31 +298,44 @@ def kill_again_and_again(kind, every, times):
     return thread
 
 
-def measure_faults():
+def measure_worker_faults():
     report = {"undisturbed": train_digits(6_000, 0.03)[1]}
     thread = kill_again_and_again("ray::Worker", 2, 30)
     report["a worker killed every 2 s for 60 s"] = train_digits(6_000, 0.03)[1]
     thread.join()
+    return report
+
+
+def measure_server_faults():
     with tempfile.TemporaryDirectory() as directory:
         options = {"checkpoint_dir": directory, "checkpoint_every": 200}
-        thread = kill_again_and_again("ray::Server", 12, 5)
+
+        def begin():  # before the first checkpoint there is nothing to resume from
+            return any(name.isdigit() for name in os.listdir(directory))
+
+        thread = kill_again_and_again("ray::Server", 12, 5, begin)
         result, of_server = train_digits(6_000, 0.03, **options)
         thread.join()
-    lost = [event for event in result.events if event.kind == "server lost"]
-    resumed = [event for event in result.events if event.kind == "resumed"]
-    of_server["seconds until it was back"] = [
-        round(b.time - a.time, 1) for a, b in zip(lost, resumed, strict=True)
+    lost, seconds = None, []
+    for event in result.events:
+        if event.kind == "server lost":  # perhaps again, before it had resumed
+            lost = event.time if lost is None else lost
+        elif event.kind == "resumed":
+            seconds.append(round(event.time - lost, 1))
+            lost = None
+    of_server["seconds until it was back"] = seconds
+    of_server["messages"] = [
+        event.message for event in result.events if event.kind in ("server lost", "resumed")
     ]
-    of_server["messages"] = [event.message for event in lost + resumed]
-    report["the server killed five times, checkpoints every 200 updates"] = of_server
-    return report
+    return {"the server killed five times, checkpoints every 200 updates": of_server}
 
 
 MEASUREMENTS = {
     "speed": measure_speed,
     "memory": measure_memory,
     "replay": measure_replay,
-    "faults": measure_faults,
+    "worker_faults": measure_worker_faults,
+    "server_faults": measure_server_faults,
 }
 
 
@@ -312,19 +345,23 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="of the speed comparison")
     parser.add_argument("--out", type=pathlib.Path, help="where to write the JSON")
     args = parser.parse_args()
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     report = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__,
                      "ray": ray.__version__},
         "load at the start": os.getloadavg()[0],
     }  # fmt: skip
+    if args.out and args.out.exists():
+        report = {**json.loads(args.out.read_text()), **report}
     for name in args.what or MEASUREMENTS:
-        report[name] = measure_speed(args.rounds) if name == "speed" else MEASUREMENTS[name]()
+        if name == "speed":
+            report[name] = measure_speed(args.rounds)
+        else:
+            with started(**CLEARED):
+                report[name] = MEASUREMENTS[name]()
         print(json.dumps({name: report[name]}, indent=2), flush=True)
     if args.out:
         args.out.write_text(json.dumps(report, indent=2) + "\n")
-    ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ The workers are other processes, so that a fault has to be in what they are sent
 fault at some index, which happens once (a file says whether it has).
 """
 
+import gc
+import multiprocessing.connection
 import os
 import pathlib
 import signal
+import socket
 import time
 
 import jax
@@ -36,6 +39,16 @@ def loss(params, batch, key):
 
 
 grad_fn = jax.value_and_grad(loss)
+
+
+def padded(params):
+    """Too large for a message."""
+    return {"model": params, "padding": np.ones((300, 200), np.float32)}
+
+
+def padded_grad_fn(params, batch, key):
+    value, grads = grad_fn(params["model"], batch, key)
+    return value, {"model": grads, "padding": 1e-3 * params["padding"]}
 
 
 class Batches:
@@ -97,8 +110,27 @@ class Faulty(Batches):
         return batch
 
 
+class Unreachable(Batches):
+    """Once a worker has it, it cannot connect to anybody."""
+
+    def __setstate__(self, state):
+        def refuse(*args, **options):
+            raise TimeoutError("timed out")
+
+        self.__dict__.update(state)
+        socket.create_connection = refuse
+
+
 def die(batch):
     os.kill(os.getpid(), signal.SIGKILL)
+    return batch
+
+
+def disconnect(batch):
+    """From the server, without dying."""
+    for thing in gc.get_objects():
+        if isinstance(thing, multiprocessing.connection.Connection) and not thing.closed:
+            thing.close()
     return batch
 
 

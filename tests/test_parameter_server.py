@@ -1,12 +1,14 @@
 """`parameter_server.train` with Ray, and the faults of a cluster, really made."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,9 +23,10 @@ import parameter_server_cases as cases
 import psutil
 import pytest
 import ray
-from parameter_server_cases import PARAMS, TX, X, Y, grad_fn
+from parameter_server_cases import PARAMS, TX, X, Y, grad_fn, padded, padded_grad_fn
 
 from optax_dcasgd import add_delay_compensation, parameter_server, simulation
+from optax_dcasgd.parameter_server import _link
 
 pytestmark = pytest.mark.ray
 
@@ -127,13 +130,7 @@ def test_the_slow_worker_is_reported(tmp_path, caplog):
 
 def test_large_parameters_go_through_the_object_store():
     """And are the same, to the bit, as in a message."""
-    padding = np.ones((300, 200), np.float32)
-
-    def padded_grad_fn(params, batch, key):
-        value, grads = grad_fn(params["model"], batch, key)
-        return value, {"model": grads, "padding": 1e-3 * params["padding"]}
-
-    params = {"model": PARAMS, "padding": padding}
+    params = padded(PARAMS)
     result = train(100, params=params, grad_fn=padded_grad_fn, num_workers=2)
     assert_replays(result, params=params, grad_fn=padded_grad_fn)
 
@@ -223,6 +220,80 @@ def test_workers_that_are_killed(tmp_path):
     assert kinds(result)["worker back"] >= 3
     assert_each_batch_once(result)
     assert indices <= set(result.history.batch.tolist())
+    assert_replays(result)
+
+
+def all_workers_killed():
+    """Once those of a run have been started, all of them, and so those that only wait too."""
+    while server_process() is None:
+        time.sleep(0.05)
+    time.sleep(6)
+    for process in [p for p in actors() if "ray::Worker" in name_of(p)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one of the run before
+            process.kill()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_workers_that_wait_are_killed_too(large):
+    """With this bound, one computes at a time."""
+    params, gradient = (padded(PARAMS), padded_grad_fn) if large else (PARAMS, grad_fn)
+    thread = threading.Thread(target=all_workers_killed)
+    thread.start()
+    options = {"params": params, "grad_fn": gradient}
+    result = train(500, batches=cases.Batches(0.02), max_staleness=0, **options)
+    thread.join()
+    assert {event.worker for event in result.events if event.kind == "worker lost"}
+    assert set(result.history.worker[-100:].tolist()) == {0, 1, 2}
+    assert_each_batch_once(result)
+    assert_replays(result, **options)
+
+
+def test_a_worker_whose_connection_breaks(tmp_path):
+    result = train(1000, batches=cases.Faulty(tmp_path, {30, 60, 61}, cases.disconnect, 0.02))
+    assert kinds(result) == {"worker lost": 3, "worker back": 3}, result.events
+    assert_each_batch_once(result)
+    assert_replays(result)
+
+
+def test_workers_that_cannot_connect():
+    message = r"No worker is left.*cannot reach the server at .*, port \d+: TimeoutError"
+    with pytest.raises(RuntimeError, match=message):
+        train(batches=cases.Unreachable())
+
+
+def test_strangers_who_connect_to_the_server(tmp_path):
+    """One that is silent, one that makes noise, one with another key: training goes on."""
+    connected, refused = [], []
+
+    def intrude():
+        while not (tmp_path / "fault-20").exists():
+            time.sleep(0.05)
+        for listening in server_process().net_connections("tcp"):
+            if listening.status != psutil.CONN_LISTEN:
+                continue
+            silent = socket.create_connection(listening.laddr[:2], timeout=2)
+            connected.append(silent)
+            try:
+                if b"#CHALLENGE#" not in silent.recv(100):
+                    continue  # a port of Ray's
+            except TimeoutError:
+                continue
+            noisy = socket.create_connection(listening.laddr[:2])
+            connected.append(noisy)
+            noisy.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with pytest.raises(ConnectionError):
+                _link.connect(_link.Address(*listening.laddr[:2]), 0)
+            refused.append(listening)
+
+    thread = threading.Thread(target=intrude)
+    thread.start()
+    result = train(1200, batches=cases.Faulty(tmp_path, {20}, lambda batch: batch, pause=0.02))
+    thread.join()
+    for each in connected:
+        each.close()
+    assert len(refused) == 1
+    assert not result.events
+    assert_each_batch_once(result)
     assert_replays(result)
 
 

@@ -2,6 +2,9 @@
 
 import itertools
 import random
+import socket
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ import pytest
 import reference
 
 from optax_dcasgd import add_delay_compensation, dcasgd, scale_by_staleness
-from optax_dcasgd.parameter_server import _bound, _checkpoint, _history
+from optax_dcasgd.parameter_server import _bound, _checkpoint, _history, _link
 from optax_dcasgd.parameter_server._transport import Layout, from_raw, to_raw
 from optax_dcasgd.parameter_server._update import Gradient, Update
 
@@ -78,6 +81,88 @@ def test_random_keys_as_data():
         restored = from_raw(template, [np.asarray(x) for x in to_raw(tree)])
         assert jax.random.key_impl(restored["key"]) == "rbg"
         assert jax.random.normal(restored["key"]) == jax.random.normal(tree["key"])
+
+
+# The stream.
+
+
+@pytest.fixture
+def listener():
+    listener = _link.Listener("127.0.0.1")
+    yield listener
+    listener.close()
+
+
+def next_of(listener):
+    deadline = time.monotonic() + 10
+    while not (new := listener.new()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ((index, connection),) = new
+    return index, connection
+
+
+def test_a_stream_brings_messages_both_ways(listener):
+    with _link.connect(listener.address, 7) as worker:
+        index, server = next_of(listener)
+        assert index == 7
+        with server:
+            for message in (b"", b"task", bytes(70_000)):
+                server.send_bytes(message)
+                assert worker.recv_bytes() == message
+                worker.send_bytes(message)
+                assert server.recv_bytes() == message
+        with pytest.raises(EOFError):
+            worker.recv_bytes()
+
+
+def test_only_who_knows_the_key_is_let_in(listener):
+    """And whoever hangs or talks something else is in nobody's way."""
+    address = listener.address
+    stranger = _link.Address(address.host, address.port)
+    assert stranger.key != address.key
+    silent = socket.create_connection((address.host, address.port))
+    with pytest.raises(ConnectionError, match=rf"cannot reach the server at .*{address.port}"):
+        _link.connect(stranger, 1)
+    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 400, b"\0\0\0\5#HELO"):
+        with socket.create_connection((address.host, address.port)) as noisy:
+            noisy.sendall(noise)
+    with _link.connect(address, 2) as worker:
+        index, server = next_of(listener)
+        assert index == 2
+        server.send_bytes(b"task")
+        assert worker.recv_bytes() == b"task"
+        server.close()
+    silent.close()
+    time.sleep(0.1)
+    assert not listener.new()
+
+
+def test_a_worker_does_not_talk_to_a_server_that_does_not_know_the_key():
+    def lie():
+        """Lets in whoever comes."""
+        with connections.accept()[0] as connected:
+            challenge = b"#CHALLENGE#" + b"{sha256}" + bytes(20)
+            for message in (challenge, b"#WELCOME#", bytes(16)):
+                connected.sendall(len(message).to_bytes(4, "big") + message)
+            connected.recv(10_000)
+            connected.recv(10_000)
+
+    connections = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=lie)
+    thread.start()
+    with pytest.raises(ConnectionError, match="digest received was wrong"):
+        _link.connect(_link.Address(*connections.getsockname()), 0)
+    thread.join(timeout=10)
+    connections.close()
+    assert not thread.is_alive()
+    with pytest.raises(ConnectionError, match="Connection refused"):
+        _link.connect(_link.Address(*connections_of_nobody()), 0)
+
+
+def connections_of_nobody():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        return closed.getsockname()
 
 
 # The bound on staleness.

@@ -1,5 +1,6 @@
 """The driver, which runs where `train` is called: it starts the actors and watches over them."""
 
+import contextlib
 import logging
 import math
 import time
@@ -19,6 +20,7 @@ from optax_dcasgd.parameter_server._worker import Worker
 
 NAMESPACE = "optax_dcasgd"  # of the server's name, in Ray
 _REPORT_EVERY = 0.5  # seconds
+_KILL_TIMEOUT = 2.0  # seconds
 _MAX_DEATHS = 3  # of the server, without training between them
 _ENVIRONMENT = {
     # An actor waits for each result at once, and a thread less is in the way of a small one.
@@ -81,8 +83,13 @@ class Driver:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        for actor in [*self._workers.values(), self._server]:
-            ray.kill(actor)
+        ray.kill(self._server)
+        # Until it is gone, or the workers' ends would be faults to report to it, and to the user.
+        with contextlib.suppress(ray.exceptions.RayError):
+            while True:
+                ray.get(self._server.ready.remote(), timeout=_KILL_TIMEOUT)
+        for worker in self._workers.values():
+            ray.kill(worker)
 
     def _make_workers(self, num_workers: int) -> None:
         for index in range(num_workers):

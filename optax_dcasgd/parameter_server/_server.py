@@ -1,12 +1,12 @@
 """The server: it owns the parameters and the optimizer's state, and decides what happens next.
 
-It hands each idle worker a batch and the newest parameters with one call, whose answer is the
-gradient: a pull and the next push are one round trip. Ray gives exactly one answer to a call, or
-says that the worker is lost; so a gradient is applied once or not at all, and what a lost worker
-was to compute goes to another. Answers that have come by the time the server looks are applied one
-after another, in the order in which they came, and the parameters are sent out once after all.
+It sends each idle worker a batch and the newest parameters as one task, whose answer is the
+gradient: a pull and the next push are one round trip. A task gets exactly one answer, or the worker
+is lost; so a gradient is applied once or not at all, and what a lost worker was to compute goes to
+another. Answers that have come by the time the server looks, and while it applies them, are applied
+one after another, in the order in which they came; the parameters are sent out once after all.
 
-Only one thread ever runs here. The driver calls `advance` again and again, and so has the reins
+Only one thread ever works here. The driver calls `advance` again and again, and so has the reins
 between two calls: for a checkpoint, for workers that join or leave, to stop.
 """
 
@@ -17,17 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optax
-import ray
 
-from optax_dcasgd.parameter_server import _bound, _history
+from optax_dcasgd.parameter_server import _bound, _calls, _history
 from optax_dcasgd.parameter_server._checkpoint import Checkpoints, Snapshot
 from optax_dcasgd.parameter_server._history import Event
 from optax_dcasgd.parameter_server._metrics import Metrics
 from optax_dcasgd.parameter_server._transport import Layout, Packed
 from optax_dcasgd.parameter_server._update import Gradient, Update, Version
 from optax_dcasgd.parameter_server._worker import RESULT, TASK
-
-_ASK_AGAIN = 0.05  # seconds, where there is nothing to wait for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +87,12 @@ class Server:
         self._options = options
         # Up to which staleness workers wait for each other.
         self._limit = options.max_staleness if options.on_stale == "wait" else None
-        self._workers = dict(workers)
+        self._workers = set(workers)
+        self._present: set[int] = set()
+        self._lost: set[int] = set()  # those that were there before
         self._num_workers = options.num_workers
         self._idle: collections.deque[int] = collections.deque()
-        self._pulls: dict[ray.ObjectRef[Any], _Pull] = {}
-        self._waking: dict[ray.ObjectRef[Any], int] = {}
-        self._lost: set[int] = set()  # those of the waking that were there before
+        self._pulls: dict[int, _Pull] = {}  # by worker
         self._pushes: list[_Push] = []
         self._retired: list[int] = []
         self._to_apply: list[Gradient] = []  # counted already
@@ -114,8 +111,12 @@ class Server:
             self._checkpoints = Checkpoints(options.checkpoint_dir)
             if (version := self._checkpoints.latest()) is not None:
                 self._restore(version)
-        for index in sorted(workers):
-            self._wake(index)
+        is_small = layouts[0].is_small and layouts[2].is_small
+        self._calls: _calls.Calls = (
+            _calls.StreamCalls(RESULT.size) if is_small else _calls.RayCalls()
+        )
+        for index, actor in sorted(workers.items()):
+            self._calls.start(index, actor)
         self._started = time.monotonic() - self._time
 
     # What the driver calls.
@@ -127,9 +128,9 @@ class Server:
     def attach(self, workers: dict[int, Any], num_workers: int) -> None:
         """Takes these workers on; those with an index of num_workers or more will leave."""
         self._num_workers = num_workers
-        for index in workers.keys() - self._workers.keys():
-            self._workers[index] = workers[index]
-            self._wake(index)
+        for index in workers.keys() - self._workers:
+            self._workers.add(index)
+            self._calls.start(index, workers[index])
 
     def resize(self, num_workers: int) -> None:
         """Wishes for so many workers; the driver makes new ones."""
@@ -143,16 +144,12 @@ class Server:
             if left <= 0:
                 break
             self._send_out()
-            waiting = [*self._pulls, *self._waking]
-            if not waiting:
-                time.sleep(min(left, _ASK_AGAIN))
-                continue
-            ready, rest = ray.wait(waiting, timeout=left)
-            if ready and rest:
-                ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-            for ref, answer in zip(ready, _answers(ready), strict=True):
-                self._receive(ref, answer)
-            self._apply()
+            come = self._calls.wait(left)
+            while come:  # and what has come during the update
+                for index, news in come:
+                    self._receive(index, news)
+                self._apply()
+                come = self._calls.wait(0)
         self._retire()
         return self._status()
 
@@ -174,7 +171,7 @@ class Server:
     def _send_out(self) -> None:
         """Gives every idle worker that may pull a batch and the newest parameters."""
         if self._options.mode == "sync" and (
-            self._pulls or self._pushes or set(self._waking.values()) - self._lost
+            self._pulls or self._pushes or self._workers - self._present - self._lost
         ):
             return  # until the round is over, and those that are new are there
         for _ in range(len(self._idle)):
@@ -192,10 +189,8 @@ class Server:
         message = self._published.message
         batch = self._again.popleft() if self._again else self._next_batch
         self._next_batch = max(self._next_batch, batch + 1)
-        task = TASK.pack(batch, 0)
-        call = self._workers[index].gradient.remote
-        ref = call(task + message) if isinstance(message, bytes) else call(task, message)
-        self._pulls[ref] = _Pull(index, batch, self._published)
+        self._pulls[index] = _Pull(index, batch, self._published)
+        self._calls.send(index, TASK.pack(batch, 0), message)
 
     def _under_way(self) -> list[int]:
         """How stale each gradient is that has not been applied: those here, then those pulled."""
@@ -204,54 +199,50 @@ class Server:
 
     # Push.
 
-    def _receive(self, ref: ray.ObjectRef[Any], answer: Any) -> None:
-        if (index := self._waking.pop(ref, None)) is not None:
-            self._receive_worker(index, answer)
-            return
-        pull = self._pulls.pop(ref)
-        if isinstance(answer, ray.exceptions.RayError):
+    def _receive(self, index: int, news: _calls.News) -> None:
+        match news:
+            case _calls.Answer(header, packed):
+                pull = self._pulls.pop(index)
+                is_gradient, loss, seconds = RESULT.unpack_from(header)
+                if is_gradient:
+                    self._pushes.append(_Push(pull, loss, seconds, packed))
+                else:
+                    self._refuse(pull, bytes(packed).decode())
+            case _calls.Ready():
+                self._present.add(index)
+                if index in self._lost:
+                    self._lost.remove(index)
+                    self._event("worker back", index, "restarted")
+                if index not in [push.pull.worker for push in self._pushes]:
+                    self._idle.append(index)
+            case _calls.Lost(reason):
+                self._lose(index)
+                self._lost.add(index)
+                self._event("worker lost", index, reason)
+            case _calls.Gone(reason):
+                self._lose(index)
+                self._workers.remove(index)
+                self._event("worker gone", index, reason)
+                if not self._workers:
+                    self._failure = f"No worker is left; the last one: {reason}"
+
+    def _lose(self, index: int) -> None:
+        """What it was to compute goes to another; what it has sent stays."""
+        self._present.discard(index)
+        if index in self._idle:
+            self._idle.remove(index)
+        if (pull := self._pulls.pop(index, None)) is not None:
             self._again.append(pull.batch)
-            self._lose(pull.worker, answer)
-            return
-        if isinstance(answer, str):
-            self._refuse(pull, answer)
-            return
-        if isinstance(answer, bytes):
-            answer = answer, memoryview(answer)[RESULT.size :]
-        header, packed = answer
-        loss, seconds = RESULT.unpack_from(header)
-        self._pushes.append(_Push(pull, loss, seconds, packed))
 
-    def _lose(self, index: int, error: Exception) -> None:
-        reason = str(error).strip().splitlines()[0]
-        self._event("worker lost", index, f"{type(error).__name__}: {reason}")
-        self._lost.add(index)
-        self._wake(index)
-
-    def _wake(self, index: int) -> None:
-        # Queued by Ray until the worker has been started, or restarted.
-        ref = self._workers[index].ready.options(max_task_retries=-1).remote()
-        self._waking[ref] = index
-
-    def _receive_worker(self, index: int, answer: Any) -> None:
-        """That a worker is back, or not."""
-        if isinstance(answer, ray.exceptions.ActorDiedError):
-            del self._workers[index]
-            self._event("worker gone", index, str(answer).strip())
-            if not self._workers:
-                self._failure = f"No worker is left; the last one: {str(answer).strip()}"
-        elif isinstance(answer, ray.exceptions.RayError):
-            self._lose(index, answer)
-        else:
-            if index in self._lost:
-                self._lost.remove(index)
-                self._event("worker back", index, "restarted")
+    def _release(self, index: int) -> None:
+        """Its gradient has been dealt with."""
+        if index in self._present:
             self._idle.append(index)
 
     def _refuse(self, pull: _Pull, reason: str) -> None:
         self._num_bad += 1
         self._event("refused", pull.worker, reason)
-        self._idle.append(pull.worker)
+        self._release(pull.worker)
         if self._num_bad > self._options.max_bad_pushes:
             self._failure = (
                 f"{self._num_bad} gradients were refused, more than "
@@ -273,7 +264,7 @@ class Server:
                 break
             push = self._pushes.pop(i)
             pull, limit = push.pull, self._options.max_staleness
-            self._idle.append(pull.worker)
+            self._release(pull.worker)
             staleness = self._version - pull.version.number
             if limit is not None and staleness > limit:
                 self._again.append(pull.batch)
@@ -308,7 +299,8 @@ class Server:
         """One update with the mean of all workers' gradients."""
         pushes = sorted(self._pushes, key=lambda push: push.pull.batch)
         self._pushes = []
-        self._idle.extend(push.pull.worker for push in pushes)
+        for push in pushes:
+            self._release(push.pull.worker)
         self._update.apply_mean([Gradient(push.packed, push.pull.version, 0, 0) for push in pushes])
         mean = _Push(
             pushes[0].pull._replace(worker=0),
@@ -382,7 +374,9 @@ class Server:
     def _retire(self) -> None:
         for index in [i for i in self._idle if i >= self._num_workers]:
             self._idle.remove(index)
-            del self._workers[index]
+            self._workers.remove(index)
+            self._present.remove(index)
+            self._calls.stop(index)
             self._retired.append(index)
 
     def _status(self) -> Status:
@@ -396,13 +390,3 @@ class Server:
         return Status(
             self._version, loss, staleness, events, self._num_workers, retired, self._failure
         )
-
-
-def _answers(refs: list[ray.ObjectRef[Any]]) -> list[Any]:
-    """What the calls returned; for those that Ray could not finish, the error."""
-    try:
-        return list(ray.get(refs))
-    except ray.exceptions.RayTaskError:
-        raise  # a worker catches what grad_fn and batches raise, so this is an error of its own
-    except ray.exceptions.RayError as error:
-        return [error] if len(refs) == 1 else [x for ref in refs for x in _answers([ref])]

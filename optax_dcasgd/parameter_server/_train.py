@@ -16,7 +16,13 @@ from optax_dcasgd.parameter_server._history import Result
 from optax_dcasgd.parameter_server._transport import Layout
 from optax_dcasgd.simulation._run import check_batches, check_returned
 
-_EMBEDDED = {"address": "local", "include_dashboard": False}
+_EMBEDDED = {
+    "address": "local",
+    "include_dashboard": False,
+    # Ray gives memory of the object store free every second; until then each version and each
+    # gradient is written to pages that are new to its process, which takes longer than to write it.
+    "_system_config": {"free_objects_period_milliseconds": 0},
+}
 
 
 def train(
