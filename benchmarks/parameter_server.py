@@ -290,8 +290,9 @@ def kill_again_and_again(kind, every, times, begin=lambda: True):
         for _ in range(times):
             time.sleep(every)
             found = [p for p in processes() if kind in p.name]
-            if found:
-                draw.choice(found).process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may just have ended
+                if found:
+                    draw.choice(found).process.kill()
 
     thread = threading.Thread(target=kill)
     thread.start()
