@@ -5,6 +5,7 @@ import random
 import socket
 import threading
 import time
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 import reference
 
 from optax_dcasgd import add_delay_compensation, dcasgd, scale_by_staleness
-from optax_dcasgd.parameter_server import _bound, _checkpoint, _history, _link
+from optax_dcasgd.parameter_server import _bound, _checkpoint, _history, _link, _metrics
 from optax_dcasgd.parameter_server._transport import Layout, from_raw, to_raw
 from optax_dcasgd.parameter_server._update import Gradient, Update
 
@@ -366,3 +367,41 @@ def test_saved_and_loaded(version, tmp_path):
         np.testing.assert_array_equal(loaded.history["loss"], np.arange(version))
         rows = _history.to_rows(loaded.history)
         assert rows.dtype == _history.DTYPE
+
+
+class _Recorded:
+    """In the place of one of Ray's metrics: what it was told, by name."""
+
+    told: ClassVar[dict] = {}
+
+    def __init__(self, name, description, tag_keys):
+        assert description
+        self._name, self._keys, self._tags = name, tag_keys, {}
+
+    def set_default_tags(self, tags):
+        self._tags = tags
+
+    def _tell(self, value, tags=None):
+        tags = self._tags | (tags or {})
+        assert tags.keys() == set(self._keys)
+        self.told.setdefault(self._name, []).append((value, tags))
+
+    inc = set = _tell
+
+
+def test_what_rays_metrics_are_told(monkeypatch):
+    monkeypatch.setattr(_metrics.metrics, "Counter", _Recorded)
+    monkeypatch.setattr(_metrics.metrics, "Gauge", _Recorded)
+    monkeypatch.setattr(_Recorded, "told", {})
+    rows = np.zeros(3, _history.DTYPE)
+    rows["loss"], rows["staleness"] = [1, 2, 6], [0, 1, 2]
+    run = _metrics.Metrics("mine")
+    run.updates(rows)
+    run.updates(rows[:0])
+    run.event("dropped")
+    assert _Recorded.told == {
+        "optax_dcasgd_updates": [(3, {"run": "mine"})],
+        "optax_dcasgd_loss": [(3.0, {"run": "mine"})],
+        "optax_dcasgd_staleness": [(1.0, {"run": "mine"})],
+        "optax_dcasgd_events": [(1, {"run": "mine", "kind": "dropped"})],
+    }
