@@ -1,5 +1,6 @@
 """`train` and `resize`: what users call."""
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -200,7 +201,8 @@ def train(
             warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
             # Set where a job has been submitted to a cluster.
             address = address or os.environ.get("RAY_ADDRESS")
-            ray.init(**({"address": address} if address else _EMBEDDED))
+            # Ray adds to the configuration that it is given.
+            ray.init(**({"address": address} if address else copy.deepcopy(_EMBEDDED)))
     elif address is not None:
         raise ValueError("address has no effect: Ray is initialised already. Leave it out.")
     try:
