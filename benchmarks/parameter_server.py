@@ -14,6 +14,7 @@ measurements is kept; and printed.
 import argparse
 import collections
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -85,7 +86,7 @@ CLEARED = {"_system_config": {"free_objects_period_milliseconds": 0}}
 
 @contextlib.contextmanager
 def started(**options):
-    ray.init(**{**RAY, **options})
+    ray.init(**copy.deepcopy({**RAY, **options}))  # Ray adds to what it is given
     yield
     ray.shutdown()
 

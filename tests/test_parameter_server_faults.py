@@ -180,6 +180,16 @@ def test_bad_gradients_are_refused(fault, message, tmp_path):
     assert_replays(result)
 
 
+def test_a_bad_large_gradient_is_refused(tmp_path):
+    options = {"params": padded(PARAMS), "grad_fn": padded_grad_fn}
+    result = train(60, batches=cases.Faulty(tmp_path, {20}, cases.not_a_number), **options)
+    (event,) = result.events
+    assert event.kind == "refused"
+    assert "grads['model']['hidden']['b'] is not finite (batch 20)" in event.message
+    assert_each_batch_once(result, skipped={20})
+    assert_replays(result, **options)
+
+
 def test_too_many_bad_gradients_stop_training(tmp_path):
     bad = cases.Faulty(tmp_path, {10, 20, 30, 40}, cases.not_a_number)
     checkpoints = tmp_path / "checkpoints"

@@ -15,7 +15,7 @@ import pytest
 import reference
 
 from optax_dcasgd import add_delay_compensation, dcasgd, scale_by_staleness
-from optax_dcasgd.parameter_server import _bound, _checkpoint, _history, _link, _metrics
+from optax_dcasgd.parameter_server import _bound, _checkpoint, _history, _link, _metrics, _worker
 from optax_dcasgd.parameter_server._transport import Layout, from_raw, to_raw
 from optax_dcasgd.parameter_server._update import Gradient, Update
 
@@ -405,3 +405,24 @@ def test_what_rays_metrics_are_told(monkeypatch):
         "optax_dcasgd_staleness": [(1.0, {"run": "mine"})],
         "optax_dcasgd_events": [(1, {"run": "mine", "kind": "dropped"})],
     }
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", [0, 1, 150_000, -1])
+def test_one_number_that_is_not_finite_is_found(bad, where):
+    """In an array so large that the compiler splits its reduction."""
+    grad = np.random.default_rng(0).normal(size=300_000).astype(np.float32)
+    layout = Layout({"w": grad})
+    one = _worker.Worker(
+        lambda params, batch, key: (jnp.zeros(()), {"w": batch}),
+        lambda i: grad,
+        jax.random.key(0),
+        *(layout, layout, layout),
+    )
+    task, packed = _worker.TASK.pack(0, 0), layout.pack([grad])
+    header, _ = one.gradient(task, packed)
+    assert _worker.RESULT.unpack(header)[0]
+    grad[where] = bad
+    header, reason = one.gradient(task, packed)
+    assert not _worker.RESULT.unpack(header)[0]
+    assert reason == b"grads['w'] is not finite (batch 0)"

@@ -16,10 +16,8 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 _HELLO = struct.Struct("<q")  # which worker it is
 _BUFFER = 256 * 1024  # bytes; a message fits, so that to send one to a worker takes no waiting
 _CONNECT_TIMEOUT = 20.0  # seconds
-# A peer whose machine is gone without a word is noticed after about 30 seconds.
+# For a peer whose machine is gone without a word: given up after about 30 seconds.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-
-
 # What the handshake raises where the other side is not what it has to be.
 _NOT_OURS = (multiprocessing.AuthenticationError, EOFError, OSError, AssertionError)
 
