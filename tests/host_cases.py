@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 import reference
-from wrapper_cases import random_tree
 
 import optax_dcasgd as dc
 
@@ -19,6 +18,16 @@ NUM_WORKERS = 3
 WORKERS = [1, 0, 1, 2, 2, 0, 1, 0]
 STALENESS = [1, 3, 2, 5, 1, 4, 2, 3]
 STEPS = 6
+SHAPES = {"dense": {"bias": (2,), "kernel": (3, 2)}, "scale": ()}
+
+
+def random_tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32),
+        SHAPES,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
 
 
 PARAMS = random_tree(0)
