@@ -14,8 +14,10 @@ without momentum and with 0.9. Reported are
 
     python benchmarks/robust_search.py                                  # digits, the whole search
     python benchmarks/robust_search.py --methods asgd robust --first-seed 100 --seeds 8
-    python benchmarks/robust_search.py --problem mnist
-    python benchmarks/robust_search.py --problem chars
+    python benchmarks/robust_search.py --problem mnist --seeds 2
+    python benchmarks/robust_search.py --problem chars --seeds 2
+
+With ``--out`` the figures go to a JSON file, beside what other calls with these seeds have put there.
 """
 
 import argparse
@@ -451,9 +453,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--good", type=float, help="default: the problem's")
     parser.add_argument("--target", type=float, help="default: the problem's")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "robust-search.json"
-    )
+    parser.add_argument("--out", type=Path, help="where to write the figures, as JSON")
     args = parser.parse_args(argv)
     problem = PROBLEMS[args.problem]()
     args.workers = args.workers or problem.workers
@@ -463,12 +463,14 @@ def main(argv: list[str] | None = None) -> None:
     args.target = problem.target if args.target is None else args.target
 
     key = f"{args.problem}, seeds {args.first_seed} to {args.first_seed + args.seeds - 1}"
-    kept = json.loads(args.out.read_text()) if args.out.exists() else {}
-    results = kept.get(key, {}).get("results", {})
+    kept = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    results: dict[str, Any] = {}
     for name in args.methods:
         start = time.perf_counter()
         results[name] = {inner: run_method(problem, name, inner, args) for inner in problem.grids}
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        if not args.out:
+            continue
         kept[key] = {
             "jax": jax.__version__,
             "learning rates": problem.grids,
@@ -476,7 +478,7 @@ def main(argv: list[str] | None = None) -> None:
             "target": args.target,
             "pushes": problem.pushes,
             "batch": problem.batch,
-            "results": results,
+            "results": {**kept.get(key, {}).get("results", {}), **results},
         }
         args.out.write_text(json.dumps(kept, indent=1) + "\n")
     print(f"\n{key}\n\n{summary(problem, results, args)}")

@@ -273,7 +273,7 @@ def _make(
                 params, state, num_workers=num_workers, stale_params=stale_params, worker=worker
             )
         else:
-            _trees.check_state(params, state.prev_params)
+            _stale_params.check_memory(params, state, None)
             if stale_params is not None:
                 stale_params = _trees.align("stale_params", stale_params, params)
         # The backups of workers are up to date now; a single copy is left to the kernel.

@@ -70,6 +70,25 @@ def init(params: Any, *, remember: bool, num_workers: int | None) -> tuple[Any, 
     return backups, jnp.full((), num_workers, jnp.int32)
 
 
+def check_memory(params: Any, state: Any, num_workers: int | None) -> None:
+    """Checks that the state was made for these parameters and for this number of workers.
+
+    Raises:
+      ValueError: Names the parameter that differs, or says what the state was made for.
+    """
+    made_for = None
+    if state.last_worker is not None:  # behind masks there may be no backup at all
+        backups = jax.tree.leaves(state.prev_params)
+        made_for = jnp.shape(backups[0])[0] if backups else num_workers
+    if made_for != num_workers:
+        raise ValueError(
+            f"num_workers={num_workers}, but the optimizer state was made with "
+            f"num_workers={made_for}. Make a new state with init(params), or pass the number it "
+            "was made with."
+        )
+    _trees.check_state(params, state.prev_params, stacked=num_workers is not None)
+
+
 def look_up(
     params: Any, state: Any, *, num_workers: int | None, stale_params: Any, worker: Any
 ) -> StaleParams:
@@ -85,16 +104,16 @@ def look_up(
 
     Raises:
       ValueError: If neither the caller nor the memory has ``w_s``, or ``stale_params`` has the
-        wrong structure or a wrong shape, or ``worker`` is out of range.
+        wrong structure or a wrong shape, or ``worker`` is out of range, or `check_memory` does.
       TypeError: If ``worker`` is no integer.
     """
     count, prev_params, last_worker = state.count, state.prev_params, state.last_worker
     if stale_params is not None:
         stale_params = _trees.align("stale_params", stale_params, params)
+    check_memory(params, state, num_workers)
     if prev_params is None:
         require(stale_params)
         return StaleParams(stale_params, None, None)
-    _trees.check_state(params, prev_params, stacked=num_workers is not None)
 
     if num_workers is None:
         if stale_params is None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_dcasgd import _arguments, _trees
+from optax_dcasgd._arguments import ScalarOrSchedule
 from optax_dcasgd._compensation import add_delay_compensation
 from optax_dcasgd._dcasgd import dcasgd
 from optax_dcasgd._mixed_precision import with_master_weights
@@ -26,7 +27,7 @@ _NOT_HERE = {
 
 def DCASGD(  # noqa: N802 (MXNet's name)
     learning_rate: float | None = 0.1,
-    momentum: float = 0.0,
+    momentum: ScalarOrSchedule = 0.0,
     lamda: float = 0.04,
     use_fused_step: bool = False,
     *,
@@ -60,7 +61,7 @@ def DCASGD(  # noqa: N802 (MXNet's name)
       learning_rate: lr. None for that of ``lr_scheduler``, or 0.01 without one. MXNet overwrites
         ``lr_scheduler.base_lr`` with it; here a scheduler with another ``base_lr`` is refused.
         (MXNet 1.x has no default of its own for DCASGD and trains with 0.01.)
-      momentum: In [0, 1).
+      momentum: In [0, 1); or, which MXNet has not, a schedule.
       lamda: :math:`\lambda \ge 0`.
       use_fused_step: Must be False: MXNet has no fused step for DCASGD. See `fused_dcasgd`.
       wd: Weight decay.
@@ -116,7 +117,7 @@ def DCASGD(  # noqa: N802 (MXNet's name)
         )
     _arguments.check_integer("version", version, minimum=1)
     _arguments.check_choice("version", version, (1, 2))
-    _arguments.check_scalar("momentum", momentum, minimum=0.0, below=1.0, schedule=version == 2)
+    _arguments.check_scalar("momentum", momentum, minimum=0.0, below=1.0)
     _arguments.check_scalar("learning_rate", learning_rate, optional=True)
     _arguments.check_scalar("lamda", lamda, minimum=0.0)
     _arguments.check_scalar("wd", wd, schedule=False)

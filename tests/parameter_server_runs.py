@@ -44,10 +44,9 @@ def name_of(process):
 def nothing_left_running():
     before = {p.pid for p in actors()}
     yield
-    deadline = time.monotonic() + 20
-    while left := [p for p in actors() if p.pid not in before and "IDLE" not in name_of(p)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
+    wait_until(
+        lambda: all(p.pid in before or "IDLE" in name_of(p) for p in actors()), seconds=20
+    )
 
 
 def server_process():
@@ -73,8 +72,19 @@ def assert_each_batch_once(result, skipped=()):
     """Nothing was applied twice, and nothing was lost for good."""
     used = collections.Counter(result.history.batch.tolist())
     assert max(used.values()) == 1
-    wanted = [i for i in range(max(used)) if i not in skipped]
-    assert len(set(wanted) - set(used)) <= 4  # what was still under way at the end
+    missing = set(range(max(used))) - set(used) - set(skipped)
+    assert len(missing) <= 4  # what was still under way at the end
+    if len(used) >= 500:  # in a short run that may be what a slow starter got at its beginning
+        assert all(i > 0.8 * max(used) for i in missing), missing
+
+
+def wait_until(condition, seconds=90):
+    """Waits for what another thread or process does; returns what ``condition()`` returned."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
 
 
 def kinds(result):

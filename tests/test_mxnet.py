@@ -296,6 +296,22 @@ def test_version_1_has_the_momentum_that_mxnet_1_fails_on(name):
     assert_follows(case, follow(make_optimizer(case), case))
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_momentum_may_be_a_schedule(version):
+    def momentum(count):
+        return 0.5 + 0.1 * count
+
+    tx = mxnet.DCASGD(0.1, momentum, 2.0, version=version)
+    w = jnp.array([1.0, -2.0])
+    state, prev, buffer = tx.init(w), w, jnp.zeros(2)
+    for count in range(4):
+        grad = jnp.cos(w)
+        updates, state = tx.update(grad, state, w)
+        buffer = momentum(count) * buffer - 0.1 * (grad + 2.0 * grad**2 * (w - prev))
+        w, prev = w + updates, w
+        np.testing.assert_allclose(updates, buffer, rtol=1e-5)
+
+
 def test_arguments_have_the_order_and_the_defaults_of_mxnet():
     case = CASES["2-momentum_lamda_default"]
     spelled_out = follow(make_optimizer(case, use_fused_step=False), case)

@@ -22,8 +22,23 @@ def test_importing_the_package_imports_no_extra():
 
 
 def test_the_public_names_are_there():
-    assert set(optax_dcasgd.__all__) <= set(dir(optax_dcasgd))
-    assert callable(optax_dcasgd.mxnet.DCASGD)
+    functions = """
+    add_delay_compensation dcasgd delay_gradients fused_dcasgd overlap_reduction pipeline_delays
+    predict_params robust scale_by_gap scale_by_staleness track_velocity with_master_weights
+    """.split()
+    modules = {
+        "mxnet": ["DCASGD"],
+        "simulation": ["Arrivals", "arrivals", "exponential", "lognormal", "run"],
+        "diagnostics": ["collect", "diagnose", "fit", "pairs", "quality"],
+        "parameter_server": ["resize", "train"],
+    }
+    assert {*functions, *modules} <= set(optax_dcasgd.__all__)
+    for name in functions:
+        assert callable(getattr(optax_dcasgd, name)), name
+    for module, names in modules.items():
+        for name in names:
+            assert callable(getattr(getattr(optax_dcasgd, module), name)), (module, name)
+    assert all(hasattr(optax_dcasgd, name) for name in optax_dcasgd.__all__)
 
 
 def test_the_examples_of_the_readme_run():

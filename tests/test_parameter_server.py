@@ -136,7 +136,7 @@ def test_fast_workers_wait(max_staleness, tmp_path):
 
 def test_stale_gradients_are_dropped_and_their_batches_kept(tmp_path):
     slow = cases.Batches(0.002, str(tmp_path / "slow"))
-    result = train(150, batches=slow, max_staleness=3, on_stale="drop")
+    result = train(600, batches=slow, max_staleness=3, on_stale="drop")
     assert result.history.staleness.max() <= 3
     assert kinds(result)["dropped"] > 0
     assert_each_batch_once(result)
@@ -213,3 +213,17 @@ def test_the_example(tmp_path):
         assert re.search(rf"^{method} +[\d.]+%", done.stdout, re.MULTILINE)
     arrivals = simulation.Arrivals.load(tmp_path / "asgd.npz")
     assert len(arrivals.worker) == 120
+
+
+# What users read.
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "parameter_server.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}  # so that functions are sent to the workers by value
+    exec(compile(code, "docs/parameter_server.md", "exec"), names)
+    result = names["result"]
+    assert result.history.loss[-100:].mean() < 0.1 * result.history.loss[:10].mean()
+    assert (tmp_path / "run" / "1000").is_dir()

@@ -28,6 +28,7 @@ from parameter_server_runs import (  # noqa: F401 (fixtures among them)
     server_process,
     started_ray,
     train,
+    wait_until,
 )
 
 from optax_dcasgd import parameter_server
@@ -52,8 +53,7 @@ def test_workers_that_are_killed(tmp_path):
 
 def all_workers_killed():
     """Once those of a run have been started, all of them, and so those that only wait too."""
-    while server_process() is None:
-        time.sleep(0.05)
+    wait_until(server_process)
     time.sleep(6)
     for process in [p for p in actors() if "ray::Worker" in name_of(p)]:
         with contextlib.suppress(psutil.NoSuchProcess):  # one of the run before
@@ -64,7 +64,7 @@ def all_workers_killed():
 def test_workers_that_wait_are_killed_too(large):
     """With this bound, one computes at a time."""
     params, gradient = (padded(PARAMS), padded_grad_fn) if large else (PARAMS, grad_fn)
-    thread = threading.Thread(target=all_workers_killed)
+    thread = threading.Thread(target=all_workers_killed, daemon=True)
     thread.start()
     options = {"params": params, "grad_fn": gradient}
     result = train(500, batches=cases.Batches(0.02), max_staleness=0, **options)
@@ -79,6 +79,7 @@ def test_a_worker_whose_connection_breaks(tmp_path):
     result = train(1000, batches=cases.Faulty(tmp_path, {30, 60, 61}, cases.disconnect, 0.02))
     assert kinds(result) == {"worker lost": 3, "worker back": 3}, result.events
     assert_each_batch_once(result)
+    assert {30, 60, 61} <= set(result.history.batch.tolist())
     assert_replays(result)
 
 
@@ -93,8 +94,7 @@ def test_strangers_who_connect_to_the_server(tmp_path):
     connected, refused = [], []
 
     def intrude():
-        while not (tmp_path / "fault-20").exists():
-            time.sleep(0.05)
+        wait_until((tmp_path / "fault-20").exists)
         for listening in server_process().net_connections("tcp"):
             if listening.status != psutil.CONN_LISTEN:
                 continue
@@ -112,7 +112,7 @@ def test_strangers_who_connect_to_the_server(tmp_path):
                 _link.connect(_link.Address(*listening.laddr[:2]), 0)
             refused.append(listening)
 
-    thread = threading.Thread(target=intrude)
+    thread = threading.Thread(target=intrude, daemon=True)
     thread.start()
     result = train(1200, batches=cases.Faulty(tmp_path, {20}, lambda batch: batch, pause=0.02))
     thread.join()
@@ -128,11 +128,9 @@ def test_workers_that_come_and_go(tmp_path):
     """Two at first, four when the new ones have come, one for a second, then three."""
 
     def resize():
-        while not list(tmp_path.iterdir()):
-            time.sleep(0.05)
+        wait_until(lambda: list(tmp_path.iterdir()))
         parameter_server.resize("elastic", 4)
-        while len(list(tmp_path.iterdir())) < 4:
-            time.sleep(0.05)
+        wait_until(lambda: len(list(tmp_path.iterdir())) == 4)
         time.sleep(0.5)
         parameter_server.resize("elastic", 1)
         time.sleep(1.0)
@@ -217,12 +215,12 @@ def test_a_server_that_is_killed_goes_on_from_its_checkpoint(tmp_path):
     seen = set()
 
     def until():
-        while not (new := {p.name for p in tmp_path.iterdir() if p.name.isdigit()} - seen):
-            time.sleep(0.05)
-        seen.update(new)
+        seen.update(
+            wait_until(lambda: {p.name for p in tmp_path.iterdir() if p.name.isdigit()} - seen)
+        )
         time.sleep(0.3)
 
-    thread = threading.Thread(target=kill_server, args=(until, 2))
+    thread = threading.Thread(target=kill_server, args=(until, 2), daemon=True)
     thread.start()
     options = {"checkpoint_dir": tmp_path, "checkpoint_every": 100}
     result = train(900, batches=cases.Batches(0.01), **options)
@@ -237,11 +235,10 @@ def test_a_server_that_is_killed_goes_on_from_its_checkpoint(tmp_path):
 
 def test_without_checkpoints_a_dead_server_is_an_error():
     def until():
-        while server_process() is None:
-            time.sleep(0.05)
+        wait_until(server_process)
         time.sleep(3)
 
-    thread = threading.Thread(target=kill_server, args=(until,))
+    thread = threading.Thread(target=kill_server, args=(until,), daemon=True)
     thread.start()
     with pytest.raises(RuntimeError, match=r"The server died .* without checkpoint_dir"):
         train(100_000, batches=cases.Batches(0.005))
@@ -333,11 +330,13 @@ def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(tmp_path):
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 90
-    while not any(p.name.isdigit() and int(p.name) >= 100 for p in tmp_path.iterdir()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(
+        lambda: (
+            process.poll() is not None
+            or any(p.name.isdigit() and int(p.name) >= 100 for p in tmp_path.iterdir())
+        )
+    )
+    assert process.poll() is None, process.communicate()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -353,9 +352,7 @@ def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(tmp_path):
             if p.pid not in before and "ray" in " ".join(p.info["cmdline"] or [p.info["name"]])
         ]
 
-    while strays():
-        assert time.monotonic() < deadline + 30, strays()
-        time.sleep(0.2)
+    wait_until(lambda: not strays())
 
 
 # Clusters.
@@ -396,7 +393,7 @@ cluster = Cluster(
 try:
     nodes = [cluster.add_node(num_cpus=2, resources={{"side": 2}}) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
-    removed = threading.Thread(target=remove, args=(nodes[1],))
+    removed = threading.Thread(target=remove, args=(nodes[1],), daemon=True)
     removed.start()
     result = parameter_server.train(
         cases.grad_fn, cases.PARAMS, cases.TX, batches, num_workers=4, num_updates=1500,

@@ -30,8 +30,6 @@ def test_what_mxnet_cannot_schedule_is_no_function(argument):
 def test_what_cannot_be_scheduled_in_a_combination_is_refused_in_it():
     with raises(TypeError, "wd"):
         mxnet.DCASGD(wd=lambda count: 0.1, wd_mult=2.0)
-    with raises(TypeError, "momentum"):
-        mxnet.DCASGD(momentum=lambda count: 0.9, version=1)
 
 
 @pytest.mark.parametrize("value", ["x", 0.1, [1]], ids=repr)

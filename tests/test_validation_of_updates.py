@@ -198,6 +198,16 @@ def test_with_workers_one_must_be_named(name):
 
 
 @pytest.mark.parametrize("name", WITH_WORKERS)
+@pytest.mark.parametrize(("made_for", "used_for"), [(3, 4), (3, 2), (3, 1), (None, 3), (3, None)])
+def test_a_state_made_for_another_number_of_workers_is_refused(name, made_for, used_for):
+    state = WITH_WORKERS[name](num_workers=made_for).init(PARAMS)
+    tx = WITH_WORKERS[name](num_workers=used_for)
+    for extra_args in ({"worker": 0}, {"worker": 0, "stale_params": PARAMS}):
+        with raises(ValueError, f"num_workers={used_for}", f"num_workers={made_for}"):
+            call(tx, GRADS, PARAMS, state, **extra_args)
+
+
+@pytest.mark.parametrize("name", WITH_WORKERS)
 @pytest.mark.parametrize("worker", [-1, 3, 2**40, np.int64(3), np.int32(-1), np.array(3)], ids=repr)
 def test_a_worker_out_of_range_is_refused(name, worker):
     tx = WITH_WORKERS[name](num_workers=3)
