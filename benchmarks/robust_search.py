@@ -17,7 +17,7 @@ without momentum and with 0.9. Reported are
     python benchmarks/robust_search.py --problem mnist --seeds 2
     python benchmarks/robust_search.py --problem chars --seeds 2
 
-With ``--out`` the figures go to a JSON file, beside what other calls with these seeds have put there.
+With ``--out`` the figures go to a JSON file, beside those of other calls with the same seeds.
 """
 
 import argparse

@@ -44,9 +44,7 @@ def name_of(process):
 def nothing_left_running():
     before = {p.pid for p in actors()}
     yield
-    wait_until(
-        lambda: all(p.pid in before or "IDLE" in name_of(p) for p in actors()), seconds=20
-    )
+    wait_until(lambda: all(p.pid in before or "IDLE" in name_of(p) for p in actors()), seconds=20)
 
 
 def server_process():

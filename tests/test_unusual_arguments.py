@@ -63,9 +63,7 @@ def test_unusual_learning_rates_and_momenta_are_legal(factory):
             output, _ = call(tx, GRADS, PARAMS)
             base = PARAMS if factory is fused_dcasgd else zeros
             expected = jax.tree.map(lambda w, g, rate=rate: w - rate * g, base, GRADS)
-            jax.tree.map(
-                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), output, expected
-            )
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), output, expected)
 
 
 @transformations

@@ -94,9 +94,24 @@ def quality(
       eps: As for `add_delay_compensation`.
       clip: As for `add_delay_compensation`.
 
+    Returns:
+      The errors and cosines that it achieves, over all pairs and of each.
+
     Raises:
       TypeError: If an argument has no legal type.
       ValueError: If one is out of range, or a pair is not finite, or the true gradients are zero.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_dcasgd import diagnostics
+      >>> grad_fn = jax.value_and_grad(lambda w, batch, key: 2 * jnp.sum(w**2))  # g = 4·w
+      >>> w, w_s = jnp.array([[0.4], [0.6]]), jnp.array([[0.5], [0.5]])
+      >>> pairs = diagnostics.pairs(grad_fn, w, w_s, batches=None)
+      >>> for lamda in (0.0, 0.5, 1.0):
+      ...     print(round(diagnostics.quality(pairs, lamda).relative_error, 3))
+      0.196
+      0.098
+      0.0
     """
     _arguments.check_scalar("lamda", lamda, minimum=0.0, schedule=False)
     return _quality(_flatten(pairs, adaptive, eps, clip), lamda)
@@ -118,15 +133,15 @@ def fit(
     The sum is then a parabola between any two such values next to each other; the smallest value of
     all these parabolas is found by sorting, exactly, though it may lie in none of their vertices.
 
+    Mini-batch noise draws this λ down: where :math:`g_s` is mostly Gaussian noise,
+    :math:`E[g_s^4] = 3\,E[g_s^2]^2`, and DC-ASGD-c gets a third of the λ that would make
+    :math:`\lambda\,E[g_s^2]` the curvature.
+
     Args:
       pairs: From `collect` or `pairs`.
       adaptive: Whether to fit DC-ASGD-a in place of DC-ASGD-c.
       eps: As for `add_delay_compensation`.
       clip: As for `add_delay_compensation`.
-
-    Mini-batch noise draws this λ down: where :math:`g_s` is mostly Gaussian noise,
-    :math:`E[g_s^4] = 3\,E[g_s^2]^2`, and DC-ASGD-c gets a third of the λ that would make
-    :math:`\lambda\,E[g_s^2]` the curvature.
 
     Returns:
       The best λ0 (the smallest, if there are several) and what it achieves. The arithmetic is
@@ -135,6 +150,15 @@ def fit(
     Raises:
       TypeError: If an argument has no legal type.
       ValueError: If one is out of range, or a pair is not finite, or the true gradients are zero.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_dcasgd import diagnostics
+      >>> grad_fn = jax.value_and_grad(lambda w, batch, key: 2 * jnp.sum(w**2))  # g = 4·w
+      >>> w, w_s = jnp.array([[0.4], [0.6]]), jnp.array([[0.5], [0.5]])
+      >>> best = diagnostics.fit(diagnostics.pairs(grad_fn, w, w_s, batches=None))
+      >>> print(best.lamda, best.relative_error)  # exact here: 4 / (4·0.5)²
+      1.0 0.0
     """
     flat = _flatten(pairs, adaptive, eps, clip)
     moved = flat.direction != 0

@@ -48,6 +48,9 @@ def pairs(
         smaller by the power of the updates left out) for the ν that training would have.
       key: A JAX random key, by default ``jax.random.key(0)``; pair k gets ``fold_in(key, k)``.
 
+    Returns:
+      The K pairs with both gradients and ν.
+
     Raises:
       TypeError: If an argument has no legal type.
       ValueError: If a tree does not fit the others (the message names the leaf).
@@ -115,9 +118,23 @@ def collect(
       decay: m of DC-ASGD-a, whose ν runs over the stale gradients of all updates.
       key: A JAX random key, by default ``jax.random.key(0)``.
 
+    Returns:
+      The K pairs with both gradients and ν.
+
     Raises:
       TypeError: If an argument has no legal type.
       ValueError: If an argument is out of range or does not fit, as in `simulation.run`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from optax_dcasgd import diagnostics, simulation
+      >>> grad_fn = jax.value_and_grad(lambda w, batch, key: 2 * jnp.sum(w**2))
+      >>> arrivals = simulation.arrivals(jax.random.key(0), num_workers=4, num_updates=64)
+      >>> pairs = diagnostics.collect(
+      ...     grad_fn, jnp.ones(3), optax.sgd(0.01), None, arrivals, num_pairs=8
+      ... )
+      >>> print(pairs.grads.shape)
+      (8, 3)
     """
     _arguments.check_transformation("tx", tx)
     _arguments.check_integer("num_pairs", num_pairs, minimum=1)

@@ -74,6 +74,9 @@ def diagnose(
       clip: As for `add_delay_compensation`; judged beside no clip.
       key: A JAX random key, by default ``jax.random.key(0)``.
 
+    Returns:
+      What was found; ``print`` it to read it.
+
     Raises:
       TypeError: If an argument has no legal type.
       ValueError: If an argument is out of range or does not fit, or the run is not finite.

@@ -44,10 +44,15 @@ def to_rows(columns: dict[str, np.ndarray]) -> np.ndarray:
 
 
 class Event(NamedTuple):
-    """Something that went wrong, or right again."""
+    """Something that went wrong, or right again.
+
+    The kinds are ``"worker lost"``, ``"worker back"`` and ``"worker gone"`` (for good);
+    ``"refused"`` (a gradient) and ``"dropped"`` (one that was too stale); ``"server lost"`` and
+    ``"resumed"`` (from a checkpoint); ``"checkpoint failed"``.
+    """
 
     time: float  # Unix time, in seconds
-    kind: str  # "worker lost", "worker back", "refused", "dropped", "server lost", ...
+    kind: str  # as above
     worker: int | None  # whom it concerns
     message: str
 
@@ -70,7 +75,14 @@ class Result(NamedTuple):
     events: tuple[Event, ...]  # in this call of `train`; also logged
 
     def stragglers(self, ratio: float = 2.0) -> list[Straggler]:
-        """The workers whose median time for a gradient is ``ratio`` times the others' or more."""
+        """The workers whose median time for a gradient is ``ratio`` times the others' or more.
+
+        Args:
+          ratio: Of a worker's median to the median of the other workers' medians.
+
+        Returns:
+          Those workers in the order of their indices; none if there is one worker alone.
+        """
         worker, seconds = self.history.worker, self.history.seconds
         medians = {int(i): float(np.median(seconds[worker == i])) for i in np.unique(worker)}
         found = []

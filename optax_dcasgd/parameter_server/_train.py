@@ -231,6 +231,14 @@ def resize(name: str, num_workers: int) -> None:
       TypeError: If num_workers is no Python integer.
       ValueError: If it is below 1, or there is no such run. Ray must have been initialised, in
         another process than the run's with the cluster's address: ``ray.init(address="auto")``.
+
+    Examples:
+      While ``train(..., num_workers=2, name="run", address="auto")`` runs, from another terminal::
+
+        import ray
+        from optax_dcasgd import parameter_server
+        ray.init(address="auto")
+        parameter_server.resize("run", 4)
     """
     _arguments.check_integer("num_workers", num_workers, minimum=1)
     ray = _import_ray()

@@ -82,6 +82,9 @@ class Arrivals:
         Args:
           path: The file.
 
+        Returns:
+          The arrivals that were saved.
+
         Raises:
           OSError: If there is none (FileNotFoundError), or it cannot be read.
           ValueError: If it is no file of arrivals, is of a newer version, or is damaged.

@@ -51,15 +51,23 @@ def exponential(mean: float | jax.Array = 1.0) -> ComputeTime:
     Raises:
       TypeError: If ``mean`` is no number.
       ValueError: If it is not above zero.
+
+    Examples:
+      >>> import jax
+      >>> from optax_dcasgd import simulation
+      >>> compute_time = simulation.exponential(0.1)
+      >>> arrivals = simulation.arrivals(jax.random.key(0), 8, 4000, compute_time=compute_time)
+      >>> print(arrivals.staleness.mean().round())  # seven others push meanwhile
+      7.0
     """
     _arguments.check_scalar("mean", mean, above=0.0, schedule=False)
     return lambda key: mean * jax.random.exponential(key)
 
 
 def lognormal(mean: float | jax.Array = 1.0, sigma: float | jax.Array = 0.5) -> ComputeTime:
-    r"""Log-normally distributed times :math:`\text{mean}\cdot e^{\sigma z - \sigma^2/2}`.
+    r"""Log-normally distributed times: mostly regular, now and then a straggler.
 
-    Here :math:`z` is standard normal: mostly regular, now and then a straggler.
+    They are :math:`\text{mean}\cdot e^{\sigma z - \sigma^2/2}`, where :math:`z` is standard normal.
 
     Args:
       mean: The mean time in seconds, above zero.
@@ -71,6 +79,14 @@ def lognormal(mean: float | jax.Array = 1.0, sigma: float | jax.Array = 0.5) -> 
     Raises:
       TypeError: If an argument is no number.
       ValueError: If an argument is out of range.
+
+    Examples:
+      >>> import jax
+      >>> from optax_dcasgd import simulation
+      >>> keys = jax.random.split(jax.random.key(0), 10_000)
+      >>> seconds = jax.vmap(simulation.lognormal(2.0, sigma=0.5))(keys)
+      >>> print(seconds.mean().round(1))
+      2.0
     """
     _arguments.check_scalar("mean", mean, above=0.0, schedule=False)
     _arguments.check_scalar("sigma", sigma, minimum=0.0, schedule=False)
