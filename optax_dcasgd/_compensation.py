@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -47,8 +48,21 @@ def check_lambda(hyperparams: Lambda) -> None:
 
 
 def at_count(hyperparams: Any, count: jax.Array) -> Any:
-    """Evaluates the schedules in a NamedTuple of hyperparameters at an update count."""
-    return type(hyperparams)(*(h(count) if callable(h) else h for h in hyperparams))
+    """Evaluates the schedules in a NamedTuple of hyperparameters at an update count.
+
+    Raises:
+      ValueError: Names the schedule that does not return a number.
+    """
+
+    def value(name: str, hyperparam: Any) -> Any:
+        if not callable(hyperparam):
+            return hyperparam
+        now = hyperparam(count)
+        if now is None or np.shape(now) != ():
+            raise ValueError(f"{name} is a schedule and must return a scalar; it returned {now!r}.")
+        return now
+
+    return type(hyperparams)(*map(value, hyperparams._fields, hyperparams))
 
 
 def as_dtype(hyperparams: Any, dtype: Any) -> Any:
@@ -249,6 +263,8 @@ def add_delay_compensation(
     ) -> tuple[optax.Updates, AddDelayCompensationState]:
         del extra_args
         _trees.check_updates(updates, params)
+        _trees.check_mode(state, "prev_params", "store", store, kept=store is not None)
+        _trees.check_mode(state, "nu", "decay", decay, kept=decay is not None)
         _trees.check_state(params, state.nu)
         stale, prev_params, last_worker = _stale_params.look_up(
             params, state, num_workers=num_workers, stale_params=stale_params, worker=worker

@@ -75,18 +75,20 @@ def dcasgd(
           ``optax.sgd(momentum)``, and a step moves as many bytes. This holds if each update is
           added to the parameters as it is: nothing that changes it stands behind `dcasgd` in
           the chain, and nothing else writes the parameters. `fused_dcasgd` adds it itself;
-          around `dcasgd` it cannot be checked. In bfloat16 or float16 the addition
-          rounds, and :math:`w - w_{prev}` with it, so prefer ``"params"`` there, or
+          around `dcasgd` it cannot be checked. A parameter gets a gradient at every update, or
+          never: after a ``None`` the momentum is not the last update. In bfloat16 or float16 the
+          addition rounds, and :math:`w - w_{prev}` with it, so prefer ``"params"`` there, or
           `with_master_weights` around it.
         * None: nothing; every ``update`` needs ``stale_params``.
       accumulator_dtype: The dtype of the momentum and of ν; by default float32 or that of the
         parameter, whichever is wider.
       implementation: ``"xla"``; ``"pallas"`` for one kernel a parameter, on TPUs and on NVIDIA GPUs
-        from Hopper on, for parameters and state of at most 32 bits; or None for XLA, as no
-        kernel has been measured to be faster yet.
+        from Hopper on, for parameters and state in float32, bfloat16 or (on GPUs) float16; or None
+        for XLA, as no kernel has been measured to be faster yet.
 
         On a mesh with Explicit axes the kernel runs on each shard. On one with Auto axes it has to
         be called inside ``jax.shard_map`` over all of them (on GPUs with ``check_vma=False``).
+        Under ``jax.vmap`` over states it runs once a member, one after another.
 
     All but ``num_workers``, ``store``, ``accumulator_dtype`` and ``implementation`` can be injected
     by ``optax.inject_hyperparams``; there, an integer ``num_workers`` and a dtype class have to be
@@ -134,7 +136,7 @@ def dcasgd(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DCASGDState]:
-        return advance(updates, state, params, step=False, **extra_args)
+        return advance(False, updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -158,14 +160,23 @@ def fused_dcasgd(
     the other. The new parameters are ``w + m`` rounded once, where ``optax.apply_updates`` rounds
     the update first: in float32 the same, in bfloat16 and float16 closer.
 
-    Where parameters and state are donated, every new array is written over an old one, as far as
-    the compiler lets it: on TPUs in any order of arguments and results. On CPUs, and by the Pallas
-    kernels, if the train step returns ``(params, state)`` and takes them in that order too (on
-    CPUs with momentum); on CPUs with momentum, ``store="params"`` and no ``decay`` also if it
-    returns ``(state, params)``. (JAX pairs
-    donated arguments with results of the same shape in order. In another order, arrays are copied:
-    so wrap ``step`` as in the example, rather than ``jax.jit(optimizer.step)``, whose state comes
-    first.)
+    Donate parameters and state, and return them in the order in which you take them: ``(params,
+    state)`` as in the example. (JAX pairs donated arguments with results of the same shape in
+    order, and ``jax.jit(optimizer.step)`` itself has the state first.) Then every new array is
+    written over an old one, without a temporary of a parameter's size:
+
+    =====================  =====================================  ==================================
+    compiled for           ``(params, state)``                    another order
+    =====================  =====================================  ==================================
+    TPU, by XLA            in place                               in place
+    TPU, Pallas            in place                               arrays are copied
+    GPU                    not measured                           not measured
+    CPU                    in place with momentum, and with       ``(state, params)``: in place with
+                           ``store="updates"``; a temporary       momentum, ``store="params"`` and
+                           a parameter without, with              no ``decay``; otherwise arrays are
+                           ``num_workers``, or in bfloat16 on     copied
+                           JAX 0.10
+    =====================  =====================================  ==================================
 
     Args:
       learning_rate: As in `dcasgd`.
@@ -213,7 +224,7 @@ def fused_dcasgd(
     def step_fn(
         grads: optax.Updates, state: DCASGDState, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Params, DCASGDState]:
-        return advance(grads, state, params, step=True, **extra_args)
+        return advance(True, grads, state, params, **extra_args)
 
     return FusedOptimizer(init_fn, step_fn)
 
@@ -234,12 +245,14 @@ def _make(
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
     kernels.check_implementation(implementation)
 
+    keeps_buffer = hyperparams.momentum is not None or store == "updates"
+    keeps_nu = hyperparams.decay is not None
+
     def init_fn(params: optax.Params) -> DCASGDState:
         _trees.check_params(params)
         prev_params, last_worker = _stale_params.init(
             params, remember=store == "params", num_workers=num_workers
         )
-        keeps_buffer = hyperparams.momentum is not None or store == "updates"
 
         def zeros(*, real: bool) -> Any:
             return _trees.init_accumulator(params, accumulator_dtype, real=real)
@@ -248,22 +261,26 @@ def _make(
             count=jnp.zeros((), jnp.int32),
             prev_params=prev_params,
             momentum=zeros(real=False) if keeps_buffer else None,
-            nu=None if hyperparams.decay is None else zeros(real=True),
+            nu=zeros(real=True) if keeps_nu else None,
             last_worker=last_worker,
         )
 
     def advance(
+        step: bool,
         grads: optax.Updates,
         state: DCASGDState,
         params: optax.Params | None,
+        /,  # what else is called step or grads is an extra argument
         *,
-        step: bool,
         stale_params: optax.Params | None = None,
         worker: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, DCASGDState]:
         del extra_args
         _trees.check_updates(grads, params, "grads" if step else "updates")
+        _trees.check_mode(state, "prev_params", "store", store, kept=store == "params")
+        _trees.check_mode(state, "momentum", "momentum", hyperparams.momentum, kept=keeps_buffer)
+        _trees.check_mode(state, "nu", "decay", hyperparams.decay, kept=keeps_nu)
         _trees.check_state(params, state.momentum, state.nu)
         if store is None:
             _stale_params.require(stale_params)
@@ -286,6 +303,8 @@ def _make(
             if grad is None:
                 keep = functools.partial(_stale_params.own_copy, state.count)
                 prev = None if prev is None else jax.tree.map(keep, param, prev)
+                if hyperparams.momentum is None and momentum is not None:  # the last update
+                    momentum = jax.tree.map(jnp.zeros_like, momentum)
                 return kernels.Leaf(param if step else None, prev, momentum, nu)
             operands = kernels.Operands(grad, param, stale, prev, momentum, nu)
             return kernels.leaf(

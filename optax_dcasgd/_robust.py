@@ -147,6 +147,7 @@ def robust(
     ) -> tuple[optax.Updates, RobustState]:
         del extra_args
         _trees.check_updates(updates, params)
+        _trees.check_mode(state, "prev_params", "store", store, kept=store is not None)
         _trees.check_state(jax.tree.map(_units_of, params), state.nu)
         stale, prev_params, last_worker = _stale_params.look_up(
             params, state, num_workers=num_workers, stale_params=stale_params, worker=worker

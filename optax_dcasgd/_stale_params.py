@@ -86,7 +86,7 @@ def check_memory(params: Any, state: Any, num_workers: int | None) -> None:
             f"num_workers={made_for}. Make a new state with init(params), or pass the number it "
             "was made with."
         )
-    _trees.check_state(params, state.prev_params, stacked=num_workers is not None)
+    _trees.check_state(params, state.prev_params, stacked=num_workers is not None, same_dtype=True)
 
 
 def look_up(

@@ -118,7 +118,7 @@ def check_updates(updates: Any, params: Any, argument: str = "updates") -> None:
 
     Raises:
       ValueError: If ``params`` is missing, or names the leaf whose structure or shape differs.
-      TypeError: Names the complex gradient of a real parameter.
+      TypeError: Names the complex gradient of a real parameter, or one that is no number.
     """
     if params is None:
         raise ValueError(NO_PARAMS_MSG)
@@ -127,13 +127,30 @@ def check_updates(updates: Any, params: Any, argument: str = "updates") -> None:
     def check(path: Any, update: Any, param: Any) -> None:
         if update is not None:
             name = argument + jax.tree_util.keystr(path)
+            dtype = getattr(update, "dtype", None)
+            if dtype is not None and not jnp.issubdtype(dtype, jnp.number):
+                raise TypeError(f"{name} has dtype {dtype}, which is no gradient's.")
             _check_shape(name, update, jnp.shape(param), "the parameter")
             _check_real(name, update, param)
 
     jax.tree_util.tree_map_with_path(check, updates, params, is_leaf=is_none)
 
 
-def check_state(params: Any, *trees: Any, stacked: bool = False) -> None:
+def check_mode(state: Any, field: str, argument: str, value: Any, *, kept: bool) -> None:
+    """Checks that a field of a state is there, or is ``None``, as an argument makes it.
+
+    Raises:
+      ValueError: If the state was made with another value of the argument.
+    """
+    if (getattr(state, field) is not None) != kept:
+        raise ValueError(
+            f"{argument}={value!r}, but the optimizer state was made with another {argument}: it "
+            f"has {'no ' if kept else ''}{field}. Make a new state with init(params), or pass the "
+            f"{argument} it was made with."
+        )
+
+
+def check_state(params: Any, *trees: Any, stacked: bool = False, same_dtype: bool = False) -> None:
     """Checks that the parameters are those the state was made for.
 
     Args:
@@ -141,15 +158,21 @@ def check_state(params: Any, *trees: Any, stacked: bool = False) -> None:
       *trees: Trees of the state that are like the parameters, or ``None``; a leaf that is
         ``optax.MaskedNode()`` fits any parameter.
       stacked: Whether their leaves have one more axis in front.
+      same_dtype: Whether they have the dtypes of the parameters.
 
     Raises:
-      ValueError: Names the parameter whose structure or shape differs.
+      ValueError: Names the parameter whose structure, shape or dtype differs.
     """
 
     def check(path: Any, kept: Any, param: Any) -> None:
         if not _is_masked(kept):
             name = f"params{jax.tree_util.keystr(path)}"
             _check_shape(name, param, jnp.shape(kept)[int(stacked) :], "in the optimizer state it")
+            if same_dtype and dtype_of(param) != dtype_of(kept):
+                raise ValueError(
+                    f"{name} has dtype {dtype_of(param)}, but in the optimizer state it has dtype "
+                    f"{dtype_of(kept)}."
+                )
 
     for tree in trees:
         if tree is not None:

@@ -77,12 +77,13 @@ def DCASGD(  # noqa: N802 (MXNet's name)
       version: 2 or 1, whose rule to follow.
       **not_here: MXNet's other arguments, which have no meaning here, are refused by name.
 
-    Under ``optax.inject_hyperparams`` the integers have to be listed:
-    ``static_args=("begin_num_update", "version")``.
+    Under ``optax.inject_hyperparams`` the integers have to be listed, and a scheduler, which is no
+    schedule of Optax's: ``static_args=("begin_num_update", "version", "lr_scheduler")``.
 
     Returns:
-      A transformation for ``optax.apply_updates``. Its updates are those of MXNet to float32
-      rounding. ``update`` takes ``stale_params`` as `dcasgd` does.
+      A transformation for ``optax.apply_updates``. For float32 parameters its updates are those of
+      MXNet to float32 rounding; for half-precision ones the arithmetic is in float32, which MXNet's
+      is not. ``update`` takes ``stale_params`` as `dcasgd` does.
 
     Raises:
       ValueError: If an argument is out of range, or the scheduler's ``base_lr`` is not
@@ -157,7 +158,8 @@ def _schedule(learning_rate: Any, lr_scheduler: Any, begin_num_update: int) -> A
     if not callable(lr_scheduler):
         raise TypeError(f"lr_scheduler must be a function of num_update; got {lr_scheduler!r}.")
     base_lr = getattr(lr_scheduler, "base_lr", learning_rate)
-    if learning_rate is not None and base_lr != learning_rate:
+    is_known = not isinstance(learning_rate, jax.core.Tracer)  # not so where it is injected
+    if learning_rate is not None and is_known and base_lr != learning_rate:
         raise ValueError(
             f"learning_rate={learning_rate} would overwrite lr_scheduler.base_lr={base_lr} in "
             "MXNet. Pass learning_rate=None for the scheduler's own, or make them equal."
@@ -174,7 +176,7 @@ def _widen() -> optax.GradientTransformation:
     """Casts gradients to at least float32, in which the links of Optax then leave them."""
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        del params
+        _trees.check_updates(updates, params)
         return jax.tree.map(lambda g: jnp.asarray(g, _trees.compute_dtype(g)), updates)
 
     return optax.stateless(update)

@@ -11,6 +11,8 @@ from optax_dcasgd.kernels.reference import Hyperparameters, Leaf, Operands
 
 # Below, at and beyond a tile, a block and a piece; odd in every dimension; one dimension to four.
 SHAPES = [
+    (0,),
+    (3, 0),
     (),
     (1,),
     (7,),
@@ -24,7 +26,13 @@ SHAPES = [
     (3, 3, 9, 40),
 ]
 FEW_SHAPES = [(2048 + 5,), (33, 70)]
-DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+DTYPES = [  # of the parameters, of their momentum and ν
+    ("float32", "float32"),
+    ("float32", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float32"),
+]
 
 
 class Mode(NamedTuple):

@@ -106,6 +106,21 @@ def test_on_the_first_call_w_s_is_w_whatever_init_saw():
         assert_close(updates, jax.tree.map(lambda g: -0.1 * g, GRADS[0]))
 
 
+def test_an_update_without_a_gradient_is_remembered_as_none():
+    """w did not move, so the next gradient, one update old, is fresh."""
+    grad, trajectories = jnp.array([1.0, -2.0]), []
+    for store in ("params", "updates"):
+        tx, w = optax_dcasgd.dcasgd(0.1, None, 2.0, store=store), jnp.array([1.0, 2.0])
+        state, trajectory = tx.init(w), []
+        for g in (grad, None, grad, grad):
+            update, state = tx.update(g, state, w)
+            w = w if update is None else w + update
+            trajectory.append(w)
+        trajectories.append(trajectory)
+    np.testing.assert_allclose(*trajectories, rtol=1e-6)
+    np.testing.assert_allclose(trajectories[1][2] - trajectories[1][1], -0.1 * grad, rtol=1e-6)
+
+
 def test_explicit_stale_params_do_not_disturb_the_memory():
     tx = optax_dcasgd.dcasgd(0.1, lamda=2.0)
     state, params, elsewhere = tx.init(PARAMS), PARAMS, jax.tree.map(jnp.zeros_like, PARAMS)

@@ -160,3 +160,25 @@ def test_num_workers_injected_by_mistake_says_what_to_do():
     tx = optax.inject_hyperparams(dc.dcasgd)(num_workers=3)
     with pytest.raises(TypeError, match=r"num_workers.*static_args"):
         tx.init(PARAMS)
+
+
+def test_a_scheduler_of_mxnet_beside_injected_numbers():
+    class Scheduler:
+        base_lr = 0.1
+
+        def __call__(self, num_update):
+            return self.base_lr / num_update
+
+    def train(make):
+        tx = make(0.1, momentum=0.5, lamda=2.0, lr_scheduler=Scheduler())
+        update, w = jax.jit(tx.update), jnp.array([1.0, -2.0])
+        state, trajectory = tx.init(w), []
+        for _ in range(3):
+            updates, state = update(jnp.cos(w), state, w)
+            w = w + updates
+            trajectory.append(w)
+        return trajectory
+
+    integers = ("begin_num_update", "version")
+    injected = optax.inject_hyperparams(dc.mxnet.DCASGD, static_args=(*integers, "lr_scheduler"))
+    np.testing.assert_allclose(train(injected), train(dc.mxnet.DCASGD), rtol=1e-6)

@@ -95,6 +95,14 @@ def test_the_gpu_kernel_writes_over_what_it_replaces():
     assert len({operand for _, operand in aliases}) == 3
 
 
+def test_leaves_of_one_shape_share_a_kernel():
+    tx = make("dcasgd", implementation="pallas")
+    params = [jnp.ones((40, 50))] * 6 + [jnp.ones(5000)] * 3
+    text = lowered("cuda", tx.update, params, tx.init(params), params).as_text()
+    assert text.count("custom_call @mosaic_gpu_v2") == 2
+    assert len(re.findall(r"call @_per_platform", text)) == 9
+
+
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 def test_the_default_is_xla(implementation, platform):
@@ -131,6 +139,14 @@ def test_a_dtype_without_a_kernel_is_named(dtype):
             lowered("tpu", tx.update, params, tx.init(params), params)
 
 
+def test_a_tpu_has_no_kernel_for_float16():
+    params = tree("float16")
+    tx = make("dcasgd", implementation="pallas")
+    with pytest.raises(NotImplementedError, match=r"TPU kernel.*float16"):
+        lowered("tpu", tx.update, params, tx.init(params), params)
+    assert custom_calls(lowered("cuda", tx.update, params, tx.init(params), params))
+
+
 def mesh_of(kind):
     return jax.make_mesh(
         (8,), ("x",), axis_types=({"auto": AxisType.Auto}.get(kind, AxisType.Explicit),)
@@ -146,6 +162,16 @@ def test_an_auto_mesh_is_refused_and_no_shard_is_gathered():
     optimizer = make("fused_dcasgd", implementation="pallas")
     with pytest.raises(NotImplementedError, match=r"partitioned automatically.*jax\.shard_map"):
         lowered("cuda", optimizer.step, params, optimizer.init(params), params)
+
+
+def test_a_mesh_with_axes_of_both_kinds_is_refused():
+    """What the Auto axis shards would be gathered."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(jnp.ones((16, 1024)), NamedSharding(mesh, P("x", "y")))}
+        optimizer = make("fused_dcasgd", implementation="pallas")
+        with pytest.raises(NotImplementedError, match=r"partitioned automatically.*jax\.shard_map"):
+            lowered("cuda", optimizer.step, params, optimizer.init(params), params)
 
 
 def test_a_gpu_before_hopper_is_refused(monkeypatch):
@@ -261,6 +287,26 @@ def test_vmap_over_leaves(mode, kernel_runs_here):
     assert_leaves_match(mode, transform)
 
 
+def test_vmap_over_states(kernel_runs_here):
+    """Each member has an update count of its own."""
+    params = jax.tree.map(lambda p: jnp.stack([p, p + 0.25, p - 0.5]), tree())
+    results = []
+    for implementation in ("pallas", "xla"):
+        tx = make("dcasgd", decay=0.9, implementation=implementation)
+        state = jax.vmap(tx.init)(params)
+        update = jax.jit(jax.vmap(tx.update))
+        assert ("pallas_call" in str(jax.make_jaxpr(update)(params, state, params))) == (
+            implementation == "pallas"
+        )
+        moved = params
+        for _ in range(3):
+            updates, state = update(jax.tree.map(jnp.cos, moved), state, moved)
+            moved = optax.apply_updates(moved, updates)
+            state = state._replace(count=state.count.at[1].set(0))
+        results.append((moved, state))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
+
+
 def test_vmap_over_hyperparameters(kernel_runs_here):
     operands, count, scalars = arguments(MODES["stored, DC-a, clip"], (8, 130))
     many = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), scalars)
@@ -329,9 +375,11 @@ def test_fifty_fused_steps_are_fifty_updates(settings, implementation, dtype, ke
             np.testing.assert_allclose(
                 np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=ulp, atol=ulp
             )
+        # The compiler of a kernel may contract a multiply-add that XLA does not.
+        rtol = 0 if implementation == "xla" else 1e-6
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(
-                np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=1e-6, atol=1e-7
+            lambda a, b, rtol=rtol: np.testing.assert_allclose(
+                np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=rtol, atol=rtol / 10
             ),
             state_before,
             expected_state,
@@ -390,26 +438,37 @@ def memory(step, *args):
         return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile().memory_analysis()
 
 
+BFLOAT16_NEEDS_COPIES = jax.__version_info__ < (0, 11)  # in XLA's CPU compiler of that time
+
+
+@pytest.mark.parametrize("leaves", [1, 5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"store": "updates"}, {"decay": 0.9, "clip": 1.0}], ids=str
+    "settings",
+    [
+        {},
+        {"store": "updates"},
+        {"store": "updates", "momentum": None},
+        {"decay": 0.9, "clip": 1.0},
+    ],
+    ids=str,
 )
-def test_a_donated_step_is_in_place(settings):
-    optimizer = make("fused_dcasgd", **settings)
-    params = jnp.ones(SIZE)
+@pytest.mark.parametrize("form", ["fused_dcasgd", "dcasgd"])
+def test_a_donated_step_is_in_place(form, settings, dtype, leaves):
+    optimizer = make(form, **settings)
+    params = [jnp.ones((1 << 8, 1 << 8), dtype)] * leaves
     state = optimizer.init(params)
-    used = memory(lambda p, s, g: optimizer.step(g, s, p), params, state, params)
-    arrays = 1 + sum(x.size == SIZE for x in jax.tree.leaves(state))
-    assert used.alias_size_in_bytes >= 4 * SIZE * arrays
-    assert used.temp_size_in_bytes < 4 * SIZE
-    tx = make("dcasgd", **settings)
 
     def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
+        if form == "fused_dcasgd":
+            return optimizer.step(grads, state, params)
+        updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     used = memory(step, params, state, params)
-    assert used.alias_size_in_bytes >= 4 * SIZE * arrays
-    assert used.temp_size_in_bytes < 4 * SIZE
+    assert used.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    if dtype == "float32" or not BFLOAT16_NEEDS_COPIES:
+        assert used.temp_size_in_bytes < params[0].nbytes
 
 
 @pytest.mark.parametrize("arguments_first", ["params", "state"])

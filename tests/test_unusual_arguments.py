@@ -72,6 +72,12 @@ def test_other_extra_arguments_are_ignored(name):
     expected = call(tx, GRADS, PARAMS)
     got = call(tx, GRADS, PARAMS, value=1.0, worker=7, staleness=3, loss_fn=print)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+    function, state = tx.step if hasattr(tx, "step") else tx.update, tx.init(PARAMS)
+    named_like_ours = {"step": 3, "leaf": 1, "count": 2, "tx": None, "implementation": "none"}
+    if not hasattr(tx, "step"):
+        named_like_ours["grads"] = None
+    got = function(GRADS, state, PARAMS, **named_like_ours)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 TRACED = {"lamda": 0.5, "decay": 0.5, "eps": 1e-3, "clip": 0.5}

@@ -22,11 +22,7 @@ from validation_cases import (
     without,
 )
 
-from optax_dcasgd import (
-    add_delay_compensation,
-    dcasgd,
-    scale_by_staleness,
-)
+from optax_dcasgd import add_delay_compensation, dcasgd, fused_dcasgd, scale_by_staleness
 
 # Parameters -------------------------------------------------------------------------------------
 
@@ -197,6 +193,42 @@ def test_with_workers_one_must_be_named(name):
             call(tx, GRADS, PARAMS, **extra_args)
 
 
+OTHER_MODES = {  # made with, used with, what the message names
+    "no ν": ({}, {"decay": 0.9}, "decay=0.9"),
+    "ν": ({"decay": 0.9}, {}, "decay=None"),
+    "no parameters": ({"store": None}, {}, "store='params'"),
+    "parameters": ({}, {"store": None}, "store=None"),
+}
+
+
+@pytest.mark.parametrize("mode", OTHER_MODES)
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_state_made_for_another_mode_is_refused(name, mode):
+    made_with, used_with, argument = OTHER_MODES[mode]
+    state = FACTORIES[name](**made_with).init(PARAMS)
+    with raises(ValueError, argument, "the optimizer state was made with another"):
+        call(FACTORIES[name](**used_with), GRADS, PARAMS, state, stale_params=PARAMS)
+
+
+@pytest.mark.parametrize("factory", [dcasgd, fused_dcasgd])
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_a_state_made_for_another_momentum_is_refused(factory, momentum):
+    state = factory(0.1, momentum).init(PARAMS)
+    other = None if momentum else 0.9
+    with raises(ValueError, f"momentum={other}", "another momentum"):
+        call(factory(0.1, other), GRADS, PARAMS, state)
+
+
+@pytest.mark.parametrize("name", WITH_WORKERS)
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2}], ids=str)
+def test_a_state_made_for_another_dtype_is_refused(name, options):
+    """The fused step would round the parameters to it."""
+    tx = WITH_WORKERS[name](**options)
+    state = tx.init(jax.tree.map(jnp.bfloat16, PARAMS))
+    with raises(ValueError, "params", "['bias'] has dtype float32", "dtype bfloat16"):
+        call(tx, GRADS, PARAMS, state, worker=0)
+
+
 @pytest.mark.parametrize("name", WITH_WORKERS)
 @pytest.mark.parametrize(("made_for", "used_for"), [(3, 4), (3, 2), (3, 1), (None, 3), (3, None)])
 def test_a_state_made_for_another_number_of_workers_is_refused(name, made_for, used_for):
@@ -249,6 +281,23 @@ def test_a_worker_may_be_any_single_integer(name, worker):
     jax.tree.map(np.testing.assert_array_equal, call(tx, GRADS, PARAMS, worker=worker), expected)
     compiled = jax.jit(lambda worker: call(tx, GRADS, PARAMS, worker=worker))(worker)
     assert jax.tree.structure(compiled) == jax.tree.structure(expected)
+
+
+def test_a_schedule_must_return_a_number():
+    for value in (jnp.ones((1,)), None, [0.5]):
+        for argument in ("lamda", "decay", "clip", "eps", "momentum", "learning_rate"):
+            tx = dcasgd(**{"decay": 0.9, argument: lambda count, value=value: value})
+            with raises(ValueError, argument, "must return a scalar"):
+                call(tx, GRADS, PARAMS)
+
+
+@transformations
+def test_a_gradient_that_is_no_number_is_refused(name):
+    tx = TRANSFORMATIONS[name]()
+    for dtype in (bool, jax.dtypes.float0):
+        bad = jax.tree.map(lambda p, dtype=dtype: np.zeros(p.shape, dtype), PARAMS)
+        with raises(TypeError, f"{gradients_of(tx)}['dense']['bias']", f"dtype {np.dtype(dtype)}"):
+            call(tx, bad, PARAMS)
 
 
 # Staleness --------------------------------------------------------------------------------------

@@ -1,8 +1,16 @@
-"""The fused update of one array, and the choice of who computes it.
+"""The fused update of one array: the formula, the plan of memory, and the choice of who computes.
 
-`reference` holds the formula and computes it in plain JAX; `mosaic_tpu` and `mosaic_gpu` compute
-the same formula in one Pallas kernel; `pallas` chooses between those two. What each array costs,
-in bytes for a float32 parameter, with momentum:
+The formula, elementwise (`reference.formula`; its compensation is `_compensation.compensate`):
+
+    ν'   = m·ν + (1−m)·g²                     only with ``decay``
+    λ_t  = λ0;  with ``decay``  λ0 / √(ν' + ε)
+    r    = λ_t·g·(w − w_s)                    the compensation over g; held within ± ``clip``
+    mom' = μ·mom − lr·(g + g·r)
+    w'   = w + mom'
+    prev' = w
+
+w_s is what the caller knows (``stale``), or else prev, or else (``store="updates"``) w − w_s is
+mom. What each array costs, in bytes for a float32 parameter:
 
 ===================  ==========  =====================  ==================  ===========
                      read        written, in place of   ``store="params"``  "updates"
@@ -12,11 +20,25 @@ w                    once        w', of w               8                   8
 prev                 once        prev' = w, of prev     8                   –
 mom                  once        mom', of mom           8                   8
 ν (DC-ASGD-a)        once        ν', of ν               8                   8
+stale, if given      once                               4                   –
 ===================  ==========  =====================  ==================  ===========
 
-That is 28 and 20 bytes without ν: what XLA's TPU compiler makes of the reference too, so that
-`implementation=None` is XLA there. On a CPU, XLA writes one array a pass, and the reference says
-how it avoids the copies.
+That is 28 and 20 bytes without ν. (With ``stale``, prev is written and not read.)
+
+Who computes it, and why so:
+
+* `reference`, in plain JAX, is what XLA gets. Its TPU compiler makes one pass of it, in place,
+  whatever the order of the results, so that a kernel could win nothing and `implementation=None`
+  is XLA. On a CPU XLA writes one array a pass; `reference.leaf` says how the copies are avoided.
+* `mosaic_tpu`: a block of each array at a time, all of the minor two dimensions that fit, as a TPU
+  lays them out in tiles and any other view would be a copy. The blocks of all operands share the
+  VMEM of the smallest chip, and are held twice, so that copies overlap with arithmetic.
+* `mosaic_gpu`: memory is linear there, so every array is one row of numbers. 16 bytes a thread and
+  load, straight to the registers, because no number is used twice; what is less than one block of
+  threads takes (1,024 numbers) is left to XLA, and so are 2³¹ numbers or more, as offsets are
+  32-bit integers.
+* `pallas` chooses between the kernels when the program is lowered for a platform, and says why
+  where there is none.
 """
 
 import jax
@@ -56,8 +78,12 @@ def leaf(
       NotImplementedError: If it is ``"pallas"``, for dtypes that the kernels do not compute in; or,
         when it is compiled, for a platform or a mesh that they do not run on.
     """
-    own = {id(x): jnp.asarray(x, _trees.dtype_of(x)) for x in operands if x is not None}
-    operands = Operands(*(None if x is None else own[id(x)] for x in operands))  # stays `is`
+    known_to_be_fresh = operands.stale is operands.param
+    operands = Operands(
+        *(None if x is None else jnp.asarray(x, _trees.dtype_of(x)) for x in operands)
+    )
+    if known_to_be_fresh:
+        operands = operands._replace(stale=operands.param)
     scalars = reference.scalars(hyperparams, _trees.real_dtype(operands.dtype))
     compute = pallas.leaf if implementation == "pallas" else reference.leaf
     return compute(operands, count, scalars, step=step)

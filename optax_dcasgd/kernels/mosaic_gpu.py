@@ -29,10 +29,10 @@ def leaf(
     What is smaller than one piece, or has 2³¹ numbers or more, is left to XLA whole.
 
     Args:
-      operands: As there.
-      count: As there.
-      scalars: As there, float32.
-      step: As there.
+      operands: As for `reference.leaf`.
+      count: As for `reference.leaf`.
+      scalars: As for `reference.leaf`, float32.
+      step: As for `reference.leaf`.
       interpret: What `pl.kernel` takes, to run without a GPU.
     """
     param = operands.param
@@ -83,11 +83,9 @@ def _main(
 
         blocks = Operands(*map(read, Operands._fields))
         numbers = treedef.unflatten([scalar_ref[1 + i] for i in range(len(values))])
-        update, nu = reference.formula(blocks, scalar_ref[0] > 0, numbers)
-        out = blocks.param.astype(jnp.float32) + update if step else update
-        for name, value in Leaf(out, blocks.param, update, nu)._asdict().items():
-            if name in written:
-                ref[name][piece] = value.astype(ref[name].dtype)
+        results = reference.block(blocks, scalar_ref[0] > 0, numbers, step=step)
+        for name in written:
+            ref[name][piece] = getattr(results, name).astype(ref[name].dtype)
 
     def run(refs: dict[str, Any]) -> None:
         pl.kernel(

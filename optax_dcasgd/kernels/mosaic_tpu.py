@@ -26,13 +26,13 @@ _BLOCK_BYTES = 3 * 2**20
 def leaf(
     operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool, interpret: Any = False
 ) -> Leaf:
-    """`reference.leaf` in one kernel; float32, bfloat16 and float16 arrays of any shape.
+    """`reference.leaf` in one kernel; float32 and bfloat16 arrays of any shape.
 
     Args:
-      operands: As there.
-      count: As there.
-      scalars: As there, float32.
-      step: As there.
+      operands: As for `reference.leaf`.
+      count: As for `reference.leaf`.
+      scalars: As for `reference.leaf`, float32.
+      step: As for `reference.leaf`.
       interpret: What `pl.pallas_call` takes, to run without a TPU.
     """
     param = operands.param
@@ -54,11 +54,9 @@ def leaf(
             **{k: read[k][...] if k in read and k not in written_only else None for k in _FIELDS}
         )
         numbers = treedef.unflatten([scalar_ref[1 + i] for i in range(len(values))])
-        update, nu = reference.formula(blocks, scalar_ref[0] > 0, numbers)
-        out = blocks.param.astype(jnp.float32) + update if step else update
-        new = {"out": out, "prev": blocks.param, "momentum": update, "nu": nu}
+        new = reference.block(blocks, scalar_ref[0] > 0, numbers, step=step)
         for k, ref in write.items():
-            ref[...] = new[k].astype(ref.dtype)
+            ref[...] = getattr(new, k).astype(ref.dtype)
 
     itemsizes = [x.dtype.itemsize for k, x in given.items() if k not in written_only]
     itemsizes += [given[k].dtype.itemsize for k in results.values()]
@@ -78,7 +76,9 @@ def leaf(
             1 + list(given).index(v): list(results).index(k) for k, v in in_place
         },
         cost_estimate=pl.CostEstimate(
-            flops=12 * param.size, transcendentals=0, bytes_accessed=sum(itemsizes) * param.size
+            flops=12 * param.size,
+            transcendentals=0 if operands.nu is None else param.size,
+            bytes_accessed=sum(itemsizes) * param.size,
         ),
         interpret=interpret,
         name="dcasgd_step" if step else "dcasgd_update",

@@ -19,13 +19,17 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _INSTEAD = "Use implementation=None, which takes the fastest there is."
 
 
+def _refused(reason: str) -> NotImplementedError:
+    return NotImplementedError(f"implementation='pallas': {reason}. {_INSTEAD}")
+
+
 def leaf(operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool) -> Leaf:
     """`reference.leaf` by the kernel of the platform.
 
     Raises:
       NotImplementedError: For an array of another dtype than float32, bfloat16 and float16; when
-        the program is lowered, for a platform without a kernel, or a mesh on which the compiler
-        would have to partition one.
+        the program is lowered, for a platform without a kernel (for float16, a TPU too), or a mesh
+        on which the compiler would have to partition one.
     """
     for name, x in operands._asdict().items():
         if x is not None and x.dtype not in _DTYPES:
@@ -39,8 +43,11 @@ def leaf(operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool) 
 def _per_shard(function: Callable[..., Leaf], operands: Operands, *scalars: Any) -> Leaf:
     """Calls the function on the shards of a parameter that an Explicit mesh holds."""
     sharding = jax.typeof(operands.param).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    axis_types = sharding.mesh.axis_types
+    if AxisType.Explicit not in axis_types:
         return function(operands, *scalars)
+    if AxisType.Auto in axis_types:  # the type does not say how those shard it
+        raise _refused(_NO_PARTITIONING)
     return jax.shard_map(
         function,
         mesh=sharding.mesh,
@@ -62,30 +69,30 @@ def _differentiable(step: bool) -> Callable[..., Leaf]:
 @functools.cache
 def _batched(step: bool) -> Callable[..., Leaf]:
     """The kernels under ``vmap``: a batch of leaves is one larger leaf."""
-    by_xla = functools.partial(reference.leaf, step=step)
 
     @jax.custom_batching.custom_vmap
     def function(operands: Operands, count: jax.Array, scalars: Scalars) -> Leaf:
-        return _per_platform(operands, count, scalars, step)
+        out: Leaf = _per_platform(operands, count, scalars, step)
+        return out
 
     @function.def_vmap
     def rule(axis_size: int, in_batched: Any, *args: Any) -> tuple[Leaf, Any]:
-        operands, count, scalars = args
-        if any(jax.tree.leaves(in_batched[1:])):  # each member has its own hyperparameters
-            axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-            out = jax.vmap(by_xla, in_axes=tuple(axes), axis_size=axis_size)(*args)
+        operands, *scalars = jax.tree.map(
+            lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)),
+            args,
+            tuple(in_batched),
+        )
+        if any(jax.tree.leaves(in_batched[1:])):  # each member has its own count or scalars
+            out = lax.map(lambda member: _batched(step)(*member), (operands, *scalars))
         else:
-            operands = jax.tree.map(
-                lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)),
-                operands,
-                in_batched[0],
-            )
-            out = _batched(step)(operands, count, scalars)
+            out = _batched(step)(operands, *args[1:])
         return out, jax.tree.map(lambda _: True, out)
 
     return function
 
 
+# Jitted, so that leaves of one shape are lowered once, and calls outside `jit` compile once.
+@functools.partial(jax.jit, static_argnums=3)
 def _per_platform(operands: Operands, count: jax.Array, scalars: Scalars, step: bool) -> Leaf:
     def branch(
         compute: Callable[..., Leaf], check: Callable[[Any], str | None]
@@ -95,11 +102,12 @@ def _per_platform(operands: Operands, count: jax.Array, scalars: Scalars, step: 
 
         return function
 
+    half = any(x.dtype == jnp.float16 for x in operands if x is not None)
     out: Leaf = lax.platform_dependent(
         operands,
         count,
         scalars,
-        tpu=branch(mosaic_tpu.leaf, _needs_partitioning),
+        tpu=branch(mosaic_tpu.leaf, lambda ctx: _NO_FLOAT16 if half else _needs_partitioning(ctx)),
         cuda=(
             branch(reference.leaf, lambda _: _NO_VARYING_TYPES)
             if jax.typeof(operands.param).manual_axis_type.varying
@@ -116,6 +124,11 @@ def _per_platform(operands: Operands, count: jax.Array, scalars: Scalars, step: 
     return out
 
 
+_NO_FLOAT16 = "the TPU kernel takes float32 and bfloat16 arrays, and one of these is float16"
+_NO_PARTITIONING = (
+    "a kernel cannot be partitioned automatically. On a mesh with Auto axes, call the step inside "
+    "jax.shard_map over all of them"
+)
 _NO_VARYING_TYPES = (
     "Mosaic GPU kernels do not support jax.shard_map's check of varying types; pass it "
     "check_vma=False"
@@ -130,10 +143,7 @@ def _needs_partitioning(ctx: Any) -> str | None:
             return None
         if set(mesh.axis_names) <= set(context.manual_axes) | set(mesh.manual_axes):
             return None
-    return (
-        "a kernel cannot be partitioned automatically. On a mesh with Auto axes, call the step "
-        "inside jax.shard_map over all of them"
-    )
+    return _NO_PARTITIONING
 
 
 def _is_too_old() -> str | None:
@@ -154,7 +164,7 @@ _check_p.def_abstract_eval(lambda x, *, check: x)
 def _lower_check(ctx: Any, x: Any, *, check: Callable[[Any], str | None]) -> list[Any]:
     reason = check(ctx)
     if reason:
-        raise NotImplementedError(f"implementation='pallas': {reason}. {_INSTEAD}")
+        raise _refused(reason)
     return [x]
 
 

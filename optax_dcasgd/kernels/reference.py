@@ -93,6 +93,13 @@ def formula(operands: Operands, first: Any, scalars: Scalars) -> tuple[jax.Array
     return update, nu
 
 
+def block(operands: Operands, first: Any, scalars: Scalars, *, step: bool) -> Leaf:
+    """The results of a kernel for blocks of the operands, in the dtype of the arithmetic."""
+    update, nu = formula(operands, first, scalars)
+    out = operands.param.astype(operands.dtype) + update if step else update
+    return Leaf(out, operands.param, update, nu)
+
+
 def leaf(operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool) -> Leaf:
     """MXNet's rule for one array, in at least float32, in place where its arguments are donated.
 
@@ -101,7 +108,7 @@ def leaf(operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool) 
     In a donated step w' takes the buffer of w, prev' that of prev, mom' that of mom (or, where the
     caller returns the state first, w' that of mom, prev' that of w, mom' that of prev). XLA writes
     all three in place if whatever reads a buffer comes before what is written there; where the
-    order is open, it copies the buffer first. Here the order is a matter of data:
+    order is open, it copies the buffer first. So the order is made a matter of data:
 
         mom'   = ...                     reads w and prev
         prev'  = count ≥ 0 ? w : mom'    after mom'; reads w
@@ -111,8 +118,11 @@ def leaf(operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool) 
 
         update = count ≥ 0 ? mom' : prev'    after prev'
 
-    The predicate is always true, but only at run time. On a CPU that makes three passes without a
-    copy; a TPU fuses all of it into one pass that reads and writes each array once.
+    The predicate is always true, but the compiler cannot know: it may neither put w for prev' (then
+    w' would read w, which prev' may have been written over), nor drop the operand that is never
+    taken and that only says "after". On a CPU that makes three passes without a copy; a TPU fuses
+    all of it into one pass that reads and writes each array once. Without a momentum buffer two
+    arrays are written from three that are all read, and a CPU needs a temporary.
 
     Args:
       operands: The arrays.
@@ -123,17 +133,19 @@ def leaf(operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool) 
     _, param, _, prev, momentum, nu = operands
     dtype = operands.dtype
     update, new_nu = formula(operands, count == 0, scalars)
+    if prev is None and momentum is not None and scalars.momentum is None:
+        update = jnp.where(count >= 0, update, momentum.astype(dtype))  # for mom' to be in place
     new_momentum = None if momentum is None else update.astype(momentum.dtype)
-    base, otherwise = param, jnp.zeros((), dtype)
+    base, after = param, jnp.zeros((), dtype)
     if prev is not None:
         prev = own_copy(count, param, update.astype(prev.dtype))
         if step:
             base = prev
         else:
-            otherwise = prev.astype(dtype)
-    # A bare w + mom' is what XLA's CPU compiler is slow at, for arrays of several dimensions; it
-    # takes a sixth of the time fused with anything, such as this select.
-    update = jnp.where(count >= 0, update, otherwise)
+            after = prev.astype(dtype)
+    # XLA's CPU compiler is slow at a bare w + mom' of four dimensions, and fast where it is fused
+    # with anything, such as this select.
+    update = jnp.where(count >= 0, update, after)
     out = base.astype(dtype) + update if step else update
     return Leaf(
         out.astype(param.dtype),
