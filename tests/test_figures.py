@@ -1,0 +1,119 @@
+"""The tables that users read say what the committed results say."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def page(name):
+    return (ROOT / name).read_text()
+
+
+def results(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+def benchmark(name, monkeypatch):
+    """The script of that name, as a module; what it sets in the environment is undone."""
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def linked(pattern, text):
+    """The result files that a page links to."""
+    names = re.findall(rf"benchmarks/results/({pattern})\)", text)
+    assert names, pattern
+    return names
+
+
+@pytest.mark.parametrize(
+    ("script", "result", "where"),
+    [
+        ("update", "update-cpu-epyc-jax-0.10.2.json", "README.md"),
+        ("tpu_compile", "tpu-compile-jax-0.12.json", "README.md"),
+        ("state_memory", "state-memory.json", "docs/spmd.md"),
+    ],
+)
+def test_a_table_is_what_its_script_prints(script, result, where, monkeypatch):
+    text = page(where)
+    assert f"benchmarks/results/{result}" in text
+    table = benchmark(script, monkeypatch).table(results(result))
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) > 4
+    for row in rows:
+        assert row in text
+
+
+def test_the_ratios_of_later_runs():
+    """A column a file, in the order in which they are linked."""
+    section = page("README.md").partition("Later runs")[2].partition("\n### ")[0]
+    columns = [
+        results(name)["cases"]["one array of 16.8 M"]
+        for name in linked(r"update-cpu-epyc-[\w.-]+?\.json", section)
+    ]
+    rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", section, re.MULTILINE)
+    assert len(rows) > 5
+    for name, cells in rows:
+        expected = [f"{c[name]['ratio']:.2f}" if name in c else "–" for c in columns]
+        assert cells.split(" | ") == expected, name
+
+
+@pytest.mark.parametrize("where", ["README.md", "docs/parameter_server.md"])
+def test_the_speed_of_the_parameter_server(where):
+    text = page(where)
+    for case, digits in (("16.8 M parameters, 2 workers", 0), ("1,000 parameters, 4 workers", 1)):
+        figures = results("parameter-server-ray-2.60.json")["speed"][case]
+        loop, train = (figures["milliseconds a push"][k] for k in ("plain loop", "train"))
+        ours = f"{train:.0f}" if train >= 1 else f"{train:.2f}"
+        row = f"| {case} | {loop:.{digits}f} | {ours} | {figures['ratio']['plain loop']:.1f} |"
+        assert row in text, row
+
+
+ROBUST = {  # the rows' names in the README
+    "`robust()`": "robust",
+    "the step divided by √τ": "lr/√τ",
+    "Gap-Aware": "gap-aware",
+    "stale gradients as they are": "asgd",
+}
+
+
+def test_the_figures_of_robust():
+    text = page("README.md")
+    found = results("robust-search.json")["digits, seeds 400 to 407"]["results"]
+    for name, method in ROBUST.items():
+        plain, momentum = found[method].values()
+
+        def good(cells, few):
+            return sum(
+                error < 0.05
+                for m, cell in cells.items()
+                if (4 <= int(m) <= 64) == few
+                for error in cell["metric"]
+            )
+
+        counts = [good(plain, True), good(momentum, True), good(plain, False)]
+        assert f"| {name} | {counts[0]} | {counts[1]} | {counts[2]} and " in text, name
+        assert f"| {counts[2]} and {good(momentum, False)} |" in text, name
+        cells = []
+        for inner, m in (("plain", "8"), ("plain", "32"), ("momentum", "8"), ("momentum", "32")):
+            index = ("plain", "momentum").index(inner)
+            best, of_asgd = (
+                min(list(found[which].values())[index][m]["pushes to target"])
+                for which in (method, "asgd")
+            )
+            ratio = "" if method == "asgd" else f" ({best / of_asgd:.2f})"
+            cells.append(f"{best:.0f}{ratio}")
+        row = f"| {name} | {' | '.join(cells)} |"
+        assert row in text.replace(" *", ""), row
