@@ -1,8 +1,11 @@
 """The parts of the parameter server that need no Ray cluster."""
 
+import contextlib
 import itertools
+import os
 import random
 import socket
+import struct
 import threading
 import time
 from typing import ClassVar
@@ -15,7 +18,15 @@ import pytest
 import reference
 
 from optax_dcasgd import add_delay_compensation, dcasgd, scale_by_staleness
-from optax_dcasgd.parameter_server import _bound, _checkpoint, _history, _link, _metrics, _worker
+from optax_dcasgd.parameter_server import (
+    _bound,
+    _calls,
+    _checkpoint,
+    _history,
+    _link,
+    _metrics,
+    _worker,
+)
 from optax_dcasgd.parameter_server._transport import Layout, from_raw, to_raw
 from optax_dcasgd.parameter_server._update import Gradient, Update
 
@@ -127,7 +138,9 @@ def test_only_who_knows_the_key_is_let_in(listener):
         _link.connect(stranger, 1)
     for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 400, b"\0\0\0\5#HELO"):
         with socket.create_connection((address.host, address.port)) as noisy:
-            noisy.sendall(noise)
+            with contextlib.suppress(ConnectionError):
+                noisy.sendall(noise)
+            assert_hung_up(noisy)
     with _link.connect(address, 2) as worker:
         index, server = next_of(listener)
         assert index == 2
@@ -137,6 +150,115 @@ def test_only_who_knows_the_key_is_let_in(listener):
     silent.close()
     time.sleep(0.1)
     assert not listener.new()
+
+
+def assert_hung_up(connected):
+    connected.settimeout(10)
+    with contextlib.suppress(ConnectionResetError):
+        while connected.recv(1000):
+            pass
+
+
+def test_who_asks_instead_of_answering_is_not_let_in(listener):
+    """He plays the server's part, so that he is never asked for the key."""
+    address = listener.address
+    with socket.create_connection((address.host, address.port)) as liar:
+        for message in (b"#CHALLENGE#{sha256}" + bytes(20), b"#WELCOME#", bytes(8)):
+            with contextlib.suppress(ConnectionError):  # he has been found out
+                liar.sendall(len(message).to_bytes(4, "big") + message)
+        assert_hung_up(liar)
+    assert not listener.new()
+
+
+def test_who_is_silent_is_given_up(listener, monkeypatch):
+    monkeypatch.setattr(_link, "_HANDSHAKE_TIMEOUT", 1)
+    with socket.create_connection((listener.address.host, listener.address.port)) as silent:
+        assert_hung_up(silent)
+    mute = socket.create_server(("127.0.0.1", 0))
+    with mute, pytest.raises(ConnectionError, match="no word for 1 s"):
+        _link.connect(_link.Address(*mute.getsockname()), 0)
+    # Who is let in may take his time.
+    with _link.connect(listener.address, 3) as worker, next_of(listener)[1] as server:
+        timer = threading.Timer(2, worker.send_bytes, [b"at last"])
+        timer.start()
+        assert server.recv_bytes() == b"at last"
+        timer.join()
+
+
+def test_the_sockets_of_a_stream(listener):
+    """Sent at once, without waiting for the peer, who is found out if he disappears."""
+    with _link.connect(listener.address, 3) as worker, next_of(listener)[1] as server:
+        for connection in (worker, server):
+            with socket.socket(fileno=os.dup(connection.fileno())) as connected:
+                assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert connected.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
+                # Fails, where it would wait for ever.
+                connected.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 5, 0)
+                )
+        for _ in range(2):
+            server.send_bytes(bytes(100_000))  # nobody reads it yet
+    with pytest.raises(ConnectionRefusedError):  # another address of this machine
+        socket.create_connection(("127.0.0.2", listener.address.port))
+
+
+class Actor:
+    """A worker's actor as `StreamCalls` knows it; the test itself connects for it."""
+
+    def __init__(self):
+        self.called_with = []
+        self.serve = self
+
+    def options(self, max_task_retries):
+        assert max_task_retries == -1
+        return self
+
+    def remote(self, address, index):
+        self.called_with.append((address, index))
+        return object()
+
+
+def news_of(calls):
+    deadline = time.monotonic() + 10
+    while not (news := calls.wait(0.1)):
+        assert time.monotonic() < deadline
+    return news
+
+
+def test_a_worker_that_connects_anew(monkeypatch):
+    """The old connection is lost, and a connection that nobody waits for is closed."""
+    monkeypatch.setattr(_calls.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(_calls.ray, "wait", lambda refs, **_: ([], refs))
+    calls, actor = _calls.StreamCalls(4), Actor()
+    calls.start(0, actor)
+    ((address, index),) = actor.called_with
+    assert index == 0
+    with _link.connect(address, 0) as first:
+        assert news_of(calls) == [(0, _calls.Ready())]
+        calls.send(0, b"task", b"one")
+        assert first.recv_bytes() == b"taskone"
+        with _link.connect(address, 0) as second, _link.connect(address, 5) as nobody:
+            assert news_of(calls) == [
+                (0, _calls.Lost("it has connected anew")),
+                (0, _calls.Ready()),
+            ]
+            with pytest.raises(EOFError):
+                first.recv_bytes()
+            assert calls.wait(0.2) == []
+            with pytest.raises(EOFError):
+                nobody.recv_bytes()
+            calls.send(0, b"task", b"two")
+            assert second.recv_bytes() == b"tasktwo"
+            second.send_bytes(b"headanswer")
+            ((index, answer),) = news_of(calls)
+            assert (index, answer.header, bytes(answer.packed)) == (0, b"head", b"answer")
+        ((index, lost),) = news_of(calls)
+        assert index == 0
+        assert "the connection was lost" in lost.reason
+    calls.stop(0)
+    calls._listener.close()
+    calls._selector.close()
 
 
 def test_a_worker_does_not_talk_to_a_server_that_does_not_know_the_key():

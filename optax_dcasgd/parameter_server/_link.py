@@ -7,15 +7,18 @@ worker. The stream carries bytes of a layout that both know; nothing is unpickle
 import collections
 import contextlib
 import multiprocessing
+import os
 import secrets
 import socket
 import struct
 import threading
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
 _HELLO = struct.Struct("<q")  # which worker it is
 _BUFFER = 256 * 1024  # bytes; a message fits, so that to send one to a worker takes no waiting
 _CONNECT_TIMEOUT = 20.0  # seconds
+_HANDSHAKE_TIMEOUT = 60  # seconds, for each message until both know who the other is
 # For a peer whose machine is gone without a word: given up after about 30 seconds.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 # What the handshake raises where the other side is not what it has to be.
@@ -51,14 +54,11 @@ class Listener:
             threading.Thread(target=self._welcome, args=(accepted,), daemon=True).start()
 
     def _welcome(self, accepted: socket.socket) -> None:
-        connection = _to_connection(accepted)
-        try:
-            deliver_challenge(connection, self.address.key)
-            answer_challenge(connection, self.address.key)
-            (index,) = _HELLO.unpack(connection.recv_bytes(_HELLO.size))
-        except _NOT_OURS:
-            connection.close()
-        else:
+        with contextlib.suppress(*_NOT_OURS):
+            with _handshake(accepted) as connection:
+                deliver_challenge(connection, self.address.key)
+                answer_challenge(connection, self.address.key)
+                (index,) = _HELLO.unpack(connection.recv_bytes(_HELLO.size))
             self._new.append((index, connection))
 
     def new(self) -> list[tuple[int, Connection]]:
@@ -81,10 +81,10 @@ def connect(address: Address, index: int) -> Connection:
     try:
         made = socket.create_connection((address.host, address.port), timeout=_CONNECT_TIMEOUT)
         made.settimeout(None)
-        connection = _to_connection(made)
-        answer_challenge(connection, address.key)
-        deliver_challenge(connection, address.key)
-        connection.send_bytes(_HELLO.pack(index))
+        with _handshake(made) as connection:
+            answer_challenge(connection, address.key)
+            deliver_challenge(connection, address.key)
+            connection.send_bytes(_HELLO.pack(index))
         return connection
     except _NOT_OURS as error:
         raise ConnectionError(
@@ -92,11 +92,30 @@ def connect(address: Address, index: int) -> Connection:
         ) from error
 
 
-def _to_connection(connected: socket.socket) -> Connection:
-    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEP_ALIVE.items():
-        if hasattr(socket, name):  # as on Linux
-            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return Connection(connected.detach())
+@contextlib.contextmanager
+def _handshake(connected: socket.socket) -> Iterator[Connection]:
+    """The connection of a socket; closed if what is done under it fails, or waits too long."""
+    with connected:  # the connection has a descriptor of its own
+        connection = Connection(os.dup(connected.fileno()))
+        try:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEP_ALIVE.items():
+                if hasattr(socket, name):  # as on Linux
+                    connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            _limit_waiting(connected, _HANDSHAKE_TIMEOUT)
+            yield connection
+            _limit_waiting(connected, 0)
+        except BlockingIOError as error:
+            connection.close()
+            raise TimeoutError(f"no word for {_HANDSHAKE_TIMEOUT} s") from error
+        except BaseException:
+            connection.close()
+            raise
+
+
+def _limit_waiting(connected: socket.socket, seconds: int) -> None:
+    """How long reading waits, 0 for ever: of the kernel's socket, so for every descriptor."""
+    timeval = struct.pack("@ll", seconds, 0)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
