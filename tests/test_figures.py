@@ -56,9 +56,9 @@ def test_a_table_is_what_its_script_prints(script, result, where, monkeypatch):
         assert row in text
 
 
-def test_the_ratios_of_later_runs():
+def test_the_ratios_of_other_runs():
     """A column a file, in the order in which they are linked."""
-    section = page("README.md").partition("Later runs")[2].partition("\n### ")[0]
+    section = page("README.md").partition("Other runs on machines")[2].partition("\n### ")[0]
     columns = [
         results(name)["cases"]["one array of 16.8 M"]
         for name in linked(r"update-cpu-epyc-[\w.-]+?\.json", section)
