@@ -59,10 +59,8 @@ def test_a_table_is_what_its_script_prints(script, result, where, monkeypatch):
 def test_the_ratios_of_other_runs():
     """A column a file, in the order in which they are linked."""
     section = page("README.md").partition("Other runs on machines")[2].partition("\n### ")[0]
-    columns = [
-        results(name)["cases"]["one array of 16.8 M"]
-        for name in linked(r"update-cpu-epyc-[\w.-]+?\.json", section)
-    ]
+    cases = [results(name)["cases"] for name in linked(r"update-cpu-[\w.-]+?\.json", section)]
+    columns = [c["one array of 16.8 M"] for c in cases if "one array of 16.8 M" in c]
     rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", section, re.MULTILINE)
     assert len(rows) > 5
     for name, cells in rows:
