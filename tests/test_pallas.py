@@ -375,8 +375,9 @@ def test_fifty_fused_steps_are_fifty_updates(settings, implementation, dtype, ke
             np.testing.assert_allclose(
                 np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=ulp, atol=ulp
             )
-        # The compiler of a kernel may contract a multiply-add that XLA does not.
-        rtol = 0 if implementation == "xla" else 1e-6
+        # A kernel's compiler may contract a multiply-add that XLA does not; so may XLA itself, of ν
+        # and its root, in a loop or out of one.
+        rtol = 0 if implementation == "xla" and "decay" not in settings else 1e-6
         jax.tree.map(
             lambda a, b, rtol=rtol: np.testing.assert_allclose(
                 np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=rtol, atol=rtol / 10
