@@ -25,6 +25,7 @@ SHAPES = [
     (5, 3, 130),
     (3, 3, 9, 40),
 ]
+SHAPES_WITH_NUMBERS = [shape for shape in SHAPES if 0 not in shape]  # others are left to XLA
 FEW_SHAPES = [(2048 + 5,), (33, 70)]
 DTYPES = [  # of the parameters, of their momentum and ν
     ("float32", "float32"),
@@ -33,6 +34,7 @@ DTYPES = [  # of the parameters, of their momentum and ν
     ("bfloat16", "bfloat16"),
     ("float16", "float32"),
 ]
+TPU_DTYPES = [dtypes for dtypes in DTYPES if "float16" not in dtypes]
 
 
 class Mode(NamedTuple):

@@ -110,6 +110,19 @@ class Faulty(Batches):
         return batch
 
 
+class Deadly(Batches):
+    """Who computes one of these batches dies, every time."""
+
+    def __init__(self, pause, indices):
+        super().__init__(pause)
+        self.indices = indices
+
+    def __call__(self, i):
+        if i in self.indices:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(i)
+
+
 class Unreachable(Batches):
     """Once a worker has it, it cannot connect to anybody."""
 

@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,10 @@ from parameter_server_runs import (  # noqa: F401 (fixtures among them)
     assert_replays,
     kinds,
     nothing_left_running,
+    server_process,
     started_ray,
     train,
+    wait_until,
 )
 
 from optax_dcasgd import add_delay_compensation, simulation
@@ -166,12 +169,61 @@ def test_stale_gradients_are_dropped_and_their_batches_kept(tmp_path):
         ({"batches": (X, Y[:5])}, ValueError, r"batches\[1\] has shape \(5, 16, 3\)"),
         ({"grad_fn": lambda p, b, k: p}, TypeError, r"grad_fn must return \(loss, grads\)"),
         ({"grad_fn": lambda p, b, k: (jnp.zeros(()), p["out"])}, ValueError, "grads"),
+        ({"checkpoint_dir": "gs://bucket/run"}, ValueError, "checkpoint_dir must be a directory"),
+        ({"tx": optax.polyak_sgd()}, TypeError, "value"),
         ({"address": "auto"}, ValueError, "address has no effect: Ray is initialised already"),
     ],
 )
 def test_bad_arguments(options, error, message):
     with pytest.raises(error, match=message):
         train(**options)
+
+
+def test_a_name_that_is_taken():
+    """Nothing that was started for it stays."""
+
+    def again():
+        wait_until(server_process)
+        with pytest.raises(ValueError, match="name='taken' is that of a run under way"):
+            train(10, name="taken")
+        refused.append(True)
+
+    refused = []
+    thread = threading.Thread(target=again, daemon=True)
+    thread.start()
+    train(1500, batches=cases.Batches(0.005), name="taken")
+    thread.join(timeout=60)
+    assert refused
+
+
+X64 = """
+import sys
+sys.path.insert(0, {tests!r})
+import jax
+jax.config.update("jax_enable_x64", True)
+import jax.numpy as jnp, numpy as np, optax
+from optax_dcasgd import parameter_server, simulation
+grad_fn = jax.value_and_grad(lambda w, batch, key: jnp.sum((w - batch) ** 2))
+batches = np.random.default_rng(0).normal(size=(50, 3))
+tx = optax.sgd(0.1)
+result = parameter_server.train(
+    grad_fn, jnp.zeros(3), tx, batches, num_workers=2, num_updates=50, progress=False
+)
+assert result.params.dtype == jnp.float64
+assert not result.events, result.events
+replayed = simulation.run(grad_fn, jnp.zeros(3), tx, batches, result.arrivals)
+np.testing.assert_allclose(result.params, replayed.params, rtol=1e-13)
+print("as it should")
+"""
+
+
+def test_float64():
+    """The workers compute in it where the caller does."""
+    code = X64.format(tests=str(pathlib.Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "as it should" in done.stdout, done.stderr[-3000:]
 
 
 def test_compensation_of_plain_sgd_is_that_of_the_gradient():

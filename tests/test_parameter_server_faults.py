@@ -32,7 +32,7 @@ from parameter_server_runs import (  # noqa: F401 (fixtures among them)
 )
 
 from optax_dcasgd import parameter_server
-from optax_dcasgd.parameter_server import _link
+from optax_dcasgd.parameter_server import _driver, _link
 
 pytestmark = pytest.mark.ray
 
@@ -87,6 +87,18 @@ def test_workers_that_cannot_connect():
     message = r"No worker is left.*cannot reach the server at .*, port \d+: TimeoutError"
     with pytest.raises(RuntimeError, match=message):
         train(batches=cases.Unreachable())
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_batch_that_kills_every_worker_is_given_up(large):
+    params, gradient = (padded(PARAMS), padded_grad_fn) if large else (PARAMS, grad_fn)
+    options = {"params": params, "grad_fn": gradient}
+    result = train(1000, batches=cases.Deadly(0.02, {20}), **options)
+    assert kinds(result)["worker lost"] == 4, result.events
+    (refused,) = (event for event in result.events if event.kind == "refused")
+    assert refused.message == "4 workers were lost over batch 20"
+    assert_each_batch_once(result, skipped={20})
+    assert_replays(result, **options)
 
 
 def test_strangers_who_connect_to_the_server(tmp_path):
@@ -231,6 +243,26 @@ def test_a_server_that_is_killed_goes_on_from_its_checkpoint(tmp_path):
     assert_each_batch_once(result)
     assert_replays(result)
     assert len(result.history.loss) == 900
+
+
+def test_a_server_that_dies_before_its_last_checkpoint(tmp_path, monkeypatch):
+    """The updates since the one before are done again."""
+    save, killed = _driver.Driver._save, []
+
+    def kill_and_save(driver):
+        if not killed:
+            killed.append(server_process())
+            killed[0].kill()
+        return save(driver)
+
+    monkeypatch.setattr(_driver.Driver, "_save", kill_and_save)
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 100}
+    result = train(250, batches=cases.Batches(0.005), **options)
+    assert len(result.history.loss) == 250
+    assert [event.kind for event in result.events] == ["server lost", "resumed"]
+    assert_each_batch_once(result)
+    assert_replays(result)
+    assert (tmp_path / "250").is_dir()
 
 
 def test_without_checkpoints_a_dead_server_is_an_error():

@@ -1,13 +1,9 @@
 """The parts of the parameter server that need no Ray cluster."""
 
-import contextlib
 import itertools
-import os
 import random
-import socket
-import struct
-import threading
-import time
+import subprocess
+import sys
 from typing import ClassVar
 
 import jax
@@ -20,10 +16,8 @@ import reference
 from optax_dcasgd import add_delay_compensation, dcasgd, scale_by_staleness
 from optax_dcasgd.parameter_server import (
     _bound,
-    _calls,
     _checkpoint,
     _history,
-    _link,
     _metrics,
     _worker,
 )
@@ -93,199 +87,6 @@ def test_random_keys_as_data():
         restored = from_raw(template, [np.asarray(x) for x in to_raw(tree)])
         assert jax.random.key_impl(restored["key"]) == "rbg"
         assert jax.random.normal(restored["key"]) == jax.random.normal(tree["key"])
-
-
-# The stream.
-
-
-@pytest.fixture
-def listener():
-    listener = _link.Listener("127.0.0.1")
-    yield listener
-    listener.close()
-
-
-def next_of(listener):
-    deadline = time.monotonic() + 10
-    while not (new := listener.new()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    ((index, connection),) = new
-    return index, connection
-
-
-def test_a_stream_brings_messages_both_ways(listener):
-    with _link.connect(listener.address, 7) as worker:
-        index, server = next_of(listener)
-        assert index == 7
-        with server:
-            for message in (b"", b"task", bytes(70_000)):
-                server.send_bytes(message)
-                assert worker.recv_bytes() == message
-                worker.send_bytes(message)
-                assert server.recv_bytes() == message
-        with pytest.raises(EOFError):
-            worker.recv_bytes()
-
-
-def test_only_who_knows_the_key_is_let_in(listener):
-    """And whoever hangs or talks something else is in nobody's way."""
-    address = listener.address
-    stranger = _link.Address(address.host, address.port)
-    assert stranger.key != address.key
-    silent = socket.create_connection((address.host, address.port))
-    with pytest.raises(ConnectionError, match=rf"cannot reach the server at .*{address.port}"):
-        _link.connect(stranger, 1)
-    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 400, b"\0\0\0\5#HELO"):
-        with socket.create_connection((address.host, address.port)) as noisy:
-            with contextlib.suppress(ConnectionError):
-                noisy.sendall(noise)
-            assert_hung_up(noisy)
-    with _link.connect(address, 2) as worker:
-        index, server = next_of(listener)
-        assert index == 2
-        server.send_bytes(b"task")
-        assert worker.recv_bytes() == b"task"
-        server.close()
-    silent.close()
-    time.sleep(0.1)
-    assert not listener.new()
-
-
-def assert_hung_up(connected):
-    connected.settimeout(10)
-    with contextlib.suppress(ConnectionResetError):
-        while connected.recv(1000):
-            pass
-
-
-def test_who_asks_instead_of_answering_is_not_let_in(listener):
-    """He plays the server's part, so that he is never asked for the key."""
-    address = listener.address
-    with socket.create_connection((address.host, address.port)) as liar:
-        for message in (b"#CHALLENGE#{sha256}" + bytes(20), b"#WELCOME#", bytes(8)):
-            with contextlib.suppress(ConnectionError):  # he has been found out
-                liar.sendall(len(message).to_bytes(4, "big") + message)
-        assert_hung_up(liar)
-    assert not listener.new()
-
-
-def test_who_is_silent_is_given_up(listener, monkeypatch):
-    monkeypatch.setattr(_link, "_HANDSHAKE_TIMEOUT", 1)
-    with socket.create_connection((listener.address.host, listener.address.port)) as silent:
-        assert_hung_up(silent)
-    mute = socket.create_server(("127.0.0.1", 0))
-    with mute, pytest.raises(ConnectionError, match="no word for 1 s"):
-        _link.connect(_link.Address(*mute.getsockname()), 0)
-    # Who is let in may take his time.
-    with _link.connect(listener.address, 3) as worker, next_of(listener)[1] as server:
-        timer = threading.Timer(2, worker.send_bytes, [b"at last"])
-        timer.start()
-        assert server.recv_bytes() == b"at last"
-        timer.join()
-
-
-def test_the_sockets_of_a_stream(listener):
-    """Sent at once, without waiting for the peer, who is found out if he disappears."""
-    with _link.connect(listener.address, 3) as worker, next_of(listener)[1] as server:
-        for connection in (worker, server):
-            with socket.socket(fileno=os.dup(connection.fileno())) as connected:
-                assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-                assert connected.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-                assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
-                # Fails, where it would wait for ever.
-                connected.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 5, 0)
-                )
-        for _ in range(2):
-            server.send_bytes(bytes(100_000))  # nobody reads it yet
-    with pytest.raises(ConnectionRefusedError):  # another address of this machine
-        socket.create_connection(("127.0.0.2", listener.address.port))
-
-
-class Actor:
-    """A worker's actor as `StreamCalls` knows it; the test itself connects for it."""
-
-    def __init__(self):
-        self.called_with = []
-        self.serve = self
-
-    def options(self, max_task_retries):
-        assert max_task_retries == -1
-        return self
-
-    def remote(self, address, index):
-        self.called_with.append((address, index))
-        return object()
-
-
-def news_of(calls):
-    deadline = time.monotonic() + 10
-    while not (news := calls.wait(0.1)):
-        assert time.monotonic() < deadline
-    return news
-
-
-def test_a_worker_that_connects_anew(monkeypatch):
-    """The old connection is lost, and a connection that nobody waits for is closed."""
-    monkeypatch.setattr(_calls.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setattr(_calls.ray, "wait", lambda refs, **_: ([], refs))
-    calls, actor = _calls.StreamCalls(4), Actor()
-    calls.start(0, actor)
-    ((address, index),) = actor.called_with
-    assert index == 0
-    with _link.connect(address, 0) as first:
-        assert news_of(calls) == [(0, _calls.Ready())]
-        calls.send(0, b"task", b"one")
-        assert first.recv_bytes() == b"taskone"
-        with _link.connect(address, 0) as second, _link.connect(address, 5) as nobody:
-            assert news_of(calls) == [
-                (0, _calls.Lost("it has connected anew")),
-                (0, _calls.Ready()),
-            ]
-            with pytest.raises(EOFError):
-                first.recv_bytes()
-            assert calls.wait(0.2) == []
-            with pytest.raises(EOFError):
-                nobody.recv_bytes()
-            calls.send(0, b"task", b"two")
-            assert second.recv_bytes() == b"tasktwo"
-            second.send_bytes(b"headanswer")
-            ((index, answer),) = news_of(calls)
-            assert (index, answer.header, bytes(answer.packed)) == (0, b"head", b"answer")
-        ((index, lost),) = news_of(calls)
-        assert index == 0
-        assert "the connection was lost" in lost.reason
-    calls.stop(0)
-    calls._listener.close()
-    calls._selector.close()
-
-
-def test_a_worker_does_not_talk_to_a_server_that_does_not_know_the_key():
-    def lie():
-        """Lets in whoever comes."""
-        with connections.accept()[0] as connected:
-            challenge = b"#CHALLENGE#" + b"{sha256}" + bytes(20)
-            for message in (challenge, b"#WELCOME#", bytes(16)):
-                connected.sendall(len(message).to_bytes(4, "big") + message)
-            connected.recv(10_000)
-            connected.recv(10_000)
-
-    connections = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=lie)
-    thread.start()
-    with pytest.raises(ConnectionError, match="digest received was wrong"):
-        _link.connect(_link.Address(*connections.getsockname()), 0)
-    thread.join(timeout=10)
-    connections.close()
-    assert not thread.is_alive()
-    with pytest.raises(ConnectionError, match="Connection refused"):
-        _link.connect(_link.Address(*connections_of_nobody()), 0)
-
-
-def connections_of_nobody():
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        return closed.getsockname()
 
 
 # The bound on staleness.
@@ -491,6 +292,55 @@ def test_saved_and_loaded(version, tmp_path):
         assert rows.dtype == _history.DTYPE
 
 
+FULL = """
+import resource, sys
+import numpy as np
+from optax_dcasgd.parameter_server import _checkpoint
+checkpoints = _checkpoint.Checkpoints(sys.argv[1])
+params = [np.random.default_rng(0).normal(size=100_000)]
+snapshot = _checkpoint.Snapshot(params, [], {"loss": np.zeros(1)}, {"history": {"loss": "<f8"}})
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # as if the disk were full
+checkpoints.save(1, snapshot)
+assert checkpoints.settle() is not None
+assert checkpoints.latest() is None
+resource.setrlimit(resource.RLIMIT_FSIZE, before)
+checkpoints.save(1, snapshot)
+assert checkpoints.settle() is None
+assert checkpoints.latest() == 1
+np.testing.assert_array_equal(checkpoints.load(1, params, []).params[0], params[0])
+checkpoints.close()
+print("as it should")
+"""
+
+
+def test_a_checkpoint_is_written_though_the_one_before_failed(tmp_path):
+    """In a process of its own, for what Orbax's threads leave behind then."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert "as it should" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_failed_checkpoint_does_not_keep_the_next_from_being_written(tmp_path, monkeypatch):
+    checkpoints = _checkpoint.Checkpoints(str(tmp_path))
+    params = [np.ones(3)]
+    checkpoints.save(1, snapshot(1, params, []))
+    wait, failures = checkpoints.wait, [OSError("full")]
+
+    def fail_once():
+        wait()
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(checkpoints, "wait", fail_once)
+    with pytest.raises(OSError, match="full"):
+        checkpoints.save(2, snapshot(2, params, []))
+    checkpoints.wait()
+    assert checkpoints.latest() == 2
+    checkpoints.close()
+
+
 class _Recorded:
     """In the place of one of Ray's metrics: what it was told, by name."""
 
@@ -527,6 +377,51 @@ def test_what_rays_metrics_are_told(monkeypatch):
         "optax_dcasgd_staleness": [(1.0, {"run": "mine"})],
         "optax_dcasgd_events": [(1, {"run": "mine", "kind": "dropped"})],
     }
+
+
+def test_a_worker_survives_what_batches_raise():
+    layout = Layout(PARAMS)
+    for error, told in ((SystemExit(3), "SystemExit: 3"), (ValueError("\ud800"), "\\ud800")):
+
+        def batches(i, error=error):
+            raise error
+
+        worker = _worker.Worker(lambda *_: None, batches, jax.random.key(0), *[layout] * 3)
+        worker.ready()
+        header, reason = worker.gradient(
+            _worker.TASK.pack(7, 0) + layout.pack(jax.tree.leaves(PARAMS))
+        )
+        assert not _worker.RESULT.unpack(header)[0]
+        assert "failed on batch 7:\n" in reason.decode()
+        assert told in reason.decode()
+
+
+def test_a_model_without_parameters():
+    layout = Layout({})
+    worker = _worker.Worker(
+        lambda params, batch, key: (jnp.ones(()), params),
+        lambda i: i,
+        jax.random.key(0),
+        *[layout] * 3,
+    )
+    header, packed = worker.gradient(_worker.TASK.pack(0, 0) + layout.pack([]))
+    assert _worker.RESULT.unpack(header)[:2] == (True, 1.0)
+    assert packed == b""
+
+
+@pytest.mark.parametrize(
+    "tx", [optax.contrib.prodigy(), optax.contrib.dog()], ids=["prodigy", "dog"]
+)
+def test_an_optimizer_that_keeps_the_parameters_it_was_made_with(tx):
+    update, layout = updater(tx)
+    expected, state = PARAMS, tx.init(jax.tree.map(jnp.asarray, PARAMS))
+    for grads in pushes(3):
+        packed = layout.pack(jax.tree.leaves(grads))
+        update.apply([Gradient(packed, update.publish(0), 0, 0)])
+        updates, state = tx.update(grads, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    for got, want in zip(update.params_to_host(), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -16,6 +16,9 @@ from optax_dcasgd.parameter_server._link import Listener
 from optax_dcasgd.parameter_server._transport import Packed
 
 _ASK_AGAIN = 0.05  # seconds, where there is nothing to wait for
+_MAX_MESSAGE = 1 << 24  # bytes, from a worker: a small gradient, or the text of an error
+# A worker that ends so is not started again.
+_NEVER_AGAIN = (ray.exceptions.ActorDiedError, ray.exceptions.RuntimeEnvSetupError)
 
 
 class Answer(NamedTuple):
@@ -101,7 +104,7 @@ class StreamCalls:
         for key, _ in self._selector.select(seconds):
             index = key.data
             try:
-                message = self._connections[index].recv_bytes()
+                message = self._connections[index].recv_bytes(_MAX_MESSAGE)
             except (EOFError, OSError) as error:
                 self._disconnect(index)
                 news.append((index, Lost(f"the connection was lost ({error!r})")))
@@ -135,7 +138,7 @@ class StreamCalls:
                     raise  # see RayCalls
                 self.stop(index)
                 news.append((index, Gone(str(error.cause))))
-            except ray.exceptions.ActorDiedError as error:
+            except _NEVER_AGAIN as error:
                 self.stop(index)
                 news.append((index, Gone(str(error).strip())))
             except ray.exceptions.RayError:
@@ -187,7 +190,7 @@ class RayCalls:
             raise  # a worker catches what grad_fn and batches raise, so this is an error of its own
         except ray.exceptions.RayError as error:
             reason = str(error).strip()
-            if starting and isinstance(error, ray.exceptions.ActorDiedError):
+            if starting and isinstance(error, _NEVER_AGAIN):
                 self.stop(index)
                 return index, Gone(reason)
             self.start(index, self._actors[index])

@@ -58,11 +58,11 @@ class Checkpoints:
         return version
 
     def save(self, version: int, snapshot: Snapshot) -> None:
-        """Starts to write; a failure of the one before is raised here.
+        """Starts to write; then raises a failure of the one before, which is not tried again.
 
         The arrays must not change while it is written.
         """
-        self.wait()
+        failure = self.settle()
         arrays = {"params": _named(snapshot.params), "state": _named(snapshot.state)}
         arrays = {name: leaves for name, leaves in arrays.items() if leaves}
         if version:
@@ -74,6 +74,17 @@ class Checkpoints:
             args=args.Composite(arrays=args.StandardSave(arrays), meta=args.JsonSave(meta)),
             force=True,
         )
+        if failure is not None:
+            raise failure
+
+    def settle(self) -> Exception | None:
+        """Waits until all is written; returns what went wrong, of which nothing remains."""
+        try:
+            self.wait()
+        except Exception as error:
+            self._manager.reload()  # or it would count as the latest
+            return error
+        return None
 
     def wait(self) -> None:
         """Waits until all is written; raises what went wrong."""
@@ -128,6 +139,10 @@ def check(directory: Any, lines: list[str], *, resume: bool, num_updates: int) -
       OSError: If it cannot be written.
       ValueError: If it holds a run that must not be, or cannot be, continued.
     """
+    if "://" in os.fspath(directory):
+        raise ValueError(
+            f"checkpoint_dir must be a directory that the server's machine has; got {directory!r}."
+        )
     path = pathlib.Path(directory).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -22,16 +22,22 @@ NAMESPACE = "optax_dcasgd"  # of the server's name, in Ray
 _REPORT_EVERY = 0.5  # seconds
 _KILL_TIMEOUT = 2.0  # seconds
 _MAX_DEATHS = 3  # of the server, without training between them
-_ENVIRONMENT = {
-    # An actor waits for each result at once, and a thread less is in the way of a small one.
-    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
-}
 _LARGE = {
     # On Linux glibc asks for large pages. Each gradient is written to new memory, and to get it in
     # pages of 4 KiB can take longer than to write it.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 _log = logging.getLogger("optax_dcasgd.parameter_server")
+
+
+def _environment() -> dict[str, str]:
+    """What the actors' JAX has to know: what numbers are here, they have to be there."""
+    same = ("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
+    return {
+        # An actor waits for each result at once, and a thread less is in the way of a small one.
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
+        **{name.upper(): str(getattr(jax.config, name)).lower() for name in same},
+    }
 
 
 class Driver:
@@ -53,7 +59,7 @@ class Driver:
         self._wished = options.num_workers
         self._state_like = jax.eval_shape(tx.init, params)
         usual = {"max_restarts": -1, "enable_task_events": False}
-        environment = {**_ENVIRONMENT, **({} if worker_args[3].is_small else _LARGE)}
+        environment = {**_environment(), **({} if worker_args[3].is_small else _LARGE)}
         worker_options, server_options = (
             {**usual, **of_actor, "runtime_env": _add_to_runtime_env(of_actor, environment)}
             for of_actor in (worker_options, server_options)
@@ -62,16 +68,23 @@ class Driver:
         self._worker_class = ray.remote(Worker).options(**{**spread, **worker_options})
         # Put once, however many workers there are; and kept, since a restart needs them again.
         self._worker_args = [ray.put(arg) for arg in worker_args]
-        self._make_workers(options.num_workers)
         # Without checkpoints there is nothing to restart from.
         named = {} if options.name is None else {"name": options.name, "namespace": NAMESPACE}
         restarts = {"max_restarts": 0 if options.checkpoint_dir is None else -1}
         host_params = jax.tree.map(np.asarray, params)
         server_class = ray.remote(Server).options(**{**server_options, **restarts, **named})
         self._server_args = [ray.put(tx), ray.put(host_params)]
-        self._server: Any = server_class.remote(
-            *self._server_args, worker_args[3:], options, self._workers
-        )
+        try:
+            self._make_workers(options.num_workers)
+            self._server: Any = server_class.remote(
+                *self._server_args, worker_args[3:], options, self._workers
+            )
+        except BaseException as error:
+            for worker in self._workers.values():
+                ray.kill(worker)
+            if isinstance(error, ray.exceptions.ActorAlreadyExistsError):
+                raise ValueError(f"name={options.name!r} is that of a run under way.") from error
+            raise
 
     def _ask(self, method: str, *args: Any) -> Any:
         """Calls the server; again, if it has to be restarted before it answers."""
@@ -114,8 +127,14 @@ class Driver:
                     self._save()
                     raise RuntimeError(status.failure)
                 if status.version >= self._options.num_updates:
-                    self._save()
-                    return
+                    saved = self._save()
+                    if saved is None or saved >= self._options.num_updates:
+                        return
+                    # It died before it had saved them: the rest again, from its last checkpoint.
+                    message = f"after {status.version} updates, before it had saved them"
+                    self._event(Event(time.time(), "server lost", None, message))
+                    self._version = saved
+                    self._attach()
         except KeyboardInterrupt:
             version = self._save()
             if version is not None:
@@ -177,7 +196,14 @@ class Driver:
 
     def result(self) -> Result:
         """What `train` returns."""
-        params, state, rows = self._ask("result")
+        params, state, rows, events = self._ask("result")
+        for event in events:
+            self._event(event)
+        if len(rows) < self._options.num_updates:
+            raise RuntimeError(
+                f"The server died after its last update, and its last checkpoint is of {len(rows)} "
+                "updates: call train again to go on from there."
+            )
         history = _history.to_columns(rows)
         is_async = self._options.mode == "async"
         arrivals = _history.to_arrivals(history, self._options.num_workers) if is_async else None

@@ -48,7 +48,8 @@ class Event(NamedTuple):
 
     The kinds are ``"worker lost"``, ``"worker back"`` and ``"worker gone"`` (for good);
     ``"refused"`` (a gradient) and ``"dropped"`` (one that was too stale); ``"server lost"`` and
-    ``"resumed"`` (from a checkpoint); ``"checkpoint failed"``.
+    ``"resumed"`` (from a checkpoint); ``"checkpoint failed"``; ``"waiting"`` (for a minute, and for
+    whom).
     """
 
     time: float  # Unix time, in seconds

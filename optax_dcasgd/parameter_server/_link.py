@@ -12,6 +12,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
@@ -19,8 +20,16 @@ _HELLO = struct.Struct("<q")  # which worker it is
 _BUFFER = 256 * 1024  # bytes; a message fits, so that to send one to a worker takes no waiting
 _CONNECT_TIMEOUT = 20.0  # seconds
 _HANDSHAKE_TIMEOUT = 60  # seconds, for each message until both know who the other is
-# For a peer whose machine is gone without a word: given up after about 30 seconds.
-_KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+_STALL_TIMEOUT = 20  # seconds, for the rest of a message that the server has begun to read
+_MAX_STRANGERS = 64  # handshakes at once
+# For a peer whose machine is gone without a word: given up after about 30 seconds, whether it owes
+# an answer or the receipt of what was sent (in milliseconds).
+_KEEP_ALIVE = {
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 4,
+    "TCP_USER_TIMEOUT": 30_000,
+}
 # What the handshake raises where the other side is not what it has to be.
 _NOT_OURS = (multiprocessing.AuthenticationError, EOFError, OSError, AssertionError)
 
@@ -41,21 +50,27 @@ class Listener:
         self._socket = socket.create_server((host, 0), family=family)
         self.address = Address(host, self._socket.getsockname()[1])
         self._new: collections.deque[tuple[int, Connection]] = collections.deque()
+        self._strangers = threading.BoundedSemaphore(_MAX_STRANGERS)
+        self._closed = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         while True:
             try:
                 accepted, _ = self._socket.accept()
-            except ConnectionError:  # it has gone already
+            except OSError:
+                if self._closed:
+                    return
+                time.sleep(0.1)  # it has gone already, or there are too many open files for now
                 continue
-            except OSError:  # closed
-                return
-            threading.Thread(target=self._welcome, args=(accepted,), daemon=True).start()
+            if self._strangers.acquire(blocking=False):
+                threading.Thread(target=self._welcome, args=(accepted,), daemon=True).start()
+            else:
+                accepted.close()
 
     def _welcome(self, accepted: socket.socket) -> None:
-        with contextlib.suppress(*_NOT_OURS):
-            with _handshake(accepted) as connection:
+        with contextlib.suppress(*_NOT_OURS), _released(self._strangers):
+            with _handshake(accepted, then=_STALL_TIMEOUT) as connection:
                 deliver_challenge(connection, self.address.key)
                 answer_challenge(connection, self.address.key)
                 (index,) = _HELLO.unpack(connection.recv_bytes(_HELLO.size))
@@ -67,6 +82,7 @@ class Listener:
 
     def close(self) -> None:
         """Takes no more connections."""
+        self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # ends the thread's accept
         self._socket.close()
@@ -81,7 +97,7 @@ def connect(address: Address, index: int) -> Connection:
     try:
         made = socket.create_connection((address.host, address.port), timeout=_CONNECT_TIMEOUT)
         made.settimeout(None)
-        with _handshake(made) as connection:
+        with _handshake(made, then=0) as connection:
             answer_challenge(connection, address.key)
             deliver_challenge(connection, address.key)
             connection.send_bytes(_HELLO.pack(index))
@@ -93,9 +109,22 @@ def connect(address: Address, index: int) -> Connection:
 
 
 @contextlib.contextmanager
-def _handshake(connected: socket.socket) -> Iterator[Connection]:
-    """The connection of a socket; closed if what is done under it fails, or waits too long."""
-    with connected:  # the connection has a descriptor of its own
+def _released(semaphore: threading.Semaphore) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        semaphore.release()
+
+
+@contextlib.contextmanager
+def _handshake(connected: socket.socket, then: int) -> Iterator[Connection]:
+    """The connection of a socket; closed if what is done under it fails, or waits too long.
+
+    Args:
+      connected: The socket; closed, as the connection has a descriptor of its own.
+      then: How many seconds reading may wait after that; 0 for ever.
+    """
+    with connected:
         connection = Connection(os.dup(connected.fileno()))
         try:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -106,7 +135,7 @@ def _handshake(connected: socket.socket) -> Iterator[Connection]:
                     connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             _limit_waiting(connected, _HANDSHAKE_TIMEOUT)
             yield connection
-            _limit_waiting(connected, 0)
+            _limit_waiting(connected, then)
         except BlockingIOError as error:
             connection.close()
             raise TimeoutError(f"no word for {_HANDSHAKE_TIMEOUT} s") from error

@@ -56,6 +56,9 @@ class Status(NamedTuple):
     failure: str | None  # why training cannot go on
 
 
+_PATIENCE = 60.0  # seconds without a gradient, after which it is said who is missing
+
+
 class _Pull(NamedTuple):
     """A gradient under way."""
 
@@ -99,6 +102,7 @@ class Server:
         self._published: Version | None = None
         self._version, self._next_batch = 0, 0
         self._again: collections.deque[int] = collections.deque()
+        self._losses: collections.Counter[int] = collections.Counter()  # of workers, by batch
         self._rows = np.zeros(options.num_updates, _history.DTYPE)
         self._num_bad, self._time = 0, 0.0
         self._failure: str | None = None
@@ -117,7 +121,8 @@ class Server:
         )
         for index, actor in sorted(workers.items()):
             self._calls.start(index, actor)
-        self._started = time.monotonic() - self._time
+        self._heard = time.monotonic()
+        self._started = self._heard - self._time
 
     # What the driver calls.
 
@@ -145,6 +150,7 @@ class Server:
                 break
             self._send_out()
             come = self._calls.wait(left)
+            self._watch(bool(come))
             while come:  # and what has come during the update
                 for index, news in come:
                     self._receive(index, news)
@@ -157,14 +163,17 @@ class Server:
         """Writes a checkpoint and waits for it; returns its version, None if there is none."""
         if self._checkpoints is None:
             return None
+        if (failure := self._checkpoints.settle()) is not None:
+            self._report_failure(failure)
         self._write()
         self._checkpoints.wait()
         return self._version
 
-    def result(self) -> tuple[Any, Any, Any]:
-        """Parameters and optimizer state as host arrays, and the history."""
+    def result(self) -> tuple[Any, Any, Any, list[Event]]:
+        """Parameters and optimizer state as host arrays, the history, and the last events."""
         rows = self._rows[: self._version]
-        return self._update.params_to_host(), self._update.state_to_host(), rows
+        state = self._update.state_to_host()
+        return self._update.params_to_host(), state, rows, self._events
 
     # Pull.
 
@@ -232,7 +241,14 @@ class Server:
         if index in self._idle:
             self._idle.remove(index)
         if (pull := self._pulls.pop(index, None)) is not None:
-            self._again.append(pull.batch)
+            self._losses[pull.batch] += 1
+            losses = self._losses[pull.batch]
+            # All workers may have died together, each of them with this batch by and by. If more
+            # die over it, it may be what kills them.
+            if losses <= max(2, self._num_workers):
+                self._again.append(pull.batch)
+            else:
+                self._refuse(pull, f"{losses} workers were lost over batch {pull.batch}")
 
     def _release(self, index: int) -> None:
         """Its gradient has been dealt with."""
@@ -351,7 +367,10 @@ class Server:
         try:
             self._write()
         except Exception as error:  # a full disk must not end the run
-            self._event("checkpoint failed", None, f"{type(error).__name__}: {error}")
+            self._report_failure(error)
+
+    def _report_failure(self, error: Exception) -> None:
+        self._event("checkpoint failed", None, f"{type(error).__name__}: {error}")
 
     def _restore(self, version: int) -> None:
         assert self._checkpoints is not None
@@ -378,6 +397,21 @@ class Server:
             self._present.remove(index)
             self._calls.stop(index)
             self._retired.append(index)
+
+    def _watch(self, has_come: bool) -> None:
+        """Says, now and then, who is missing while nothing happens."""
+        now = time.monotonic()
+        if has_come:
+            self._heard = now
+        elif now - self._heard > _PATIENCE:
+            self._heard = now
+            missing = sorted(self._workers - self._present)
+            self._event(
+                "waiting",
+                None,
+                f"nothing has come for {_PATIENCE:.0f} s. Workers that have not started: "
+                f"{missing or 'none'}; that are computing: {sorted(self._pulls) or 'none'}",
+            )
 
     def _status(self) -> Status:
         new = self._rows[self._reported : self._version]

@@ -63,7 +63,8 @@ def train(
         ``jax.value_and_grad(loss_fn)``; compiled by each worker. The key of batch i is
         ``jax.random.fold_in(key, i)``.
       params: The initial parameters, a pytree of arrays.
-      tx: Any Optax optimizer.
+      tx: Any Optax optimizer whose ``update`` needs no more than ``stale_params``, ``worker`` and
+        ``staleness``.
       batches: A function from an int i to batch i, called by the workers (for batch 0 also to
         compile, and by the caller to check the shapes); or a pytree whose leaves have a leading
         axis of any size n: batch i is ``leaf[i % n]``. A batch that was lost with a worker, or
@@ -170,10 +171,17 @@ def train(
     returned = jax.eval_shape(grad_fn, params, get_batch(batches, 0), key)
     check_returned(returned, params)
     of_grads = Layout(returned[1])
+    state_like = jax.eval_shape(tx.init, params)
+    # What the optimizer has against such an update is better said here than by the server.
+    jax.eval_shape(
+        optax.with_extra_args_support(tx).update,
+        *(returned[1], state_like, params),
+        **{"stale_params": params, "worker": np.int32(0), "staleness": np.int32(0)},
+    )
     layouts = Layout(params), of_grads, of_grads.cast(transport_dtype)
 
     signature = [f"mode: {mode}"]  # the rows of a history are of one kind
-    signature += _checkpoint.signature(params=params, state=jax.eval_shape(tx.init, params))
+    signature += _checkpoint.signature(params=params, state=state_like)
     if checkpoint_dir is not None:
         checkpoint_dir = _checkpoint.check(
             checkpoint_dir, signature, resume=resume, num_updates=num_updates

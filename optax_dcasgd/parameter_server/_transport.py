@@ -67,6 +67,7 @@ class Layout:
     def pack(self, leaves: list[Any]) -> Packed:
         """Packs leaves of these shapes and dtypes; what is small is copied."""
         arrays = [np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves]
+        assert [array.size for array in arrays] == self._sizes
         if not self.is_small:
             return arrays
         message = bytearray(self._ends[-1])

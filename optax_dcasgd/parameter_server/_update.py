@@ -48,7 +48,8 @@ class Update:
         self._layout, of_grads, self._transported = layouts
         self._params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
         optimizer = optax.with_extra_args_support(tx)
-        self._state = optimizer.init(self._params)
+        state = optimizer.init(self._params)
+        self._state = from_raw(state, to_raw(state))  # it may hold the parameters' own buffers
         self._on_cpu = jax.default_backend() == "cpu"
         dtypes = of_grads.dtypes  # as grad_fn returns them, whatever they were sent as
         treedef = self._layout.treedef

@@ -57,7 +57,7 @@ class Worker:
                 raise _RefusedError(difference)
             leaves = jax.tree.leaves(value)
             # Not by the largest number: on a CPU the maximum of a large array loses a NaN.
-            finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+            finite = jnp.array([jnp.isfinite(leaf).all() for leaf in leaves], bool)
             leaves = [
                 leaf.astype(dtype) for leaf, dtype in zip(leaves, transported.dtypes, strict=True)
             ]
@@ -68,7 +68,7 @@ class Worker:
     def ready(self) -> None:
         """Compiles the gradient, on batch 0, so that the first real one is not stale for that."""
         zeros = [np.zeros(*x) for x in zip(self._params.shapes, self._params.dtypes, strict=True)]
-        with contextlib.suppress(Exception):  # what is wrong shows with the real ones
+        with contextlib.suppress(Exception, SystemExit):  # what is wrong shows with the real ones
             batch = get_batch(self._batches, 0)
             params = self._params.treedef.unflatten(zeros)
             jax.block_until_ready(self._gradient(params, batch, self._key, np.int32(0)))
@@ -106,7 +106,7 @@ class Worker:
                 raise _RefusedError(f"grads{leaf} is not finite")
         except _RefusedError as refused:
             return _refusal(f"{refused} (batch {index})")
-        except Exception:
+        except (Exception, SystemExit):
             return _refusal(
                 f"grad_fn or batches failed on batch {index}:\n{traceback.format_exc()}"
             )
@@ -115,4 +115,4 @@ class Worker:
 
 
 def _refusal(reason: str) -> tuple[bytes, bytes]:
-    return RESULT.pack(False, 0, 0), reason.encode()
+    return RESULT.pack(False, 0, 0), reason.encode(errors="backslashreplace")
