@@ -82,7 +82,7 @@ class Driver:
         except BaseException as error:
             for worker in self._workers.values():
                 ray.kill(worker)
-            if isinstance(error, ray.exceptions.ActorAlreadyExistsError):
+            if isinstance(error, ValueError) and options.name is not None:  # from Ray
                 raise ValueError(f"name={options.name!r} is that of a run under way.") from error
             raise
 
