@@ -68,7 +68,7 @@ def train(
       batches: A function from an int i to batch i, called by the workers (for batch 0 also to
         compile, and by the caller to check the shapes); or a pytree whose leaves have a leading
         axis of any size n: batch i is ``leaf[i % n]``. A batch that was lost with a worker, or
-        dropped, goes to another worker.
+        dropped, goes to another worker; one over which more die than there are is refused.
       num_workers: M, the number of workers.
       num_updates: How many gradients to apply, with those before a resumed checkpoint.
       mode: "async", or "sync": one update with the mean of all workers' gradients at the same
@@ -105,8 +105,8 @@ def train(
     Raises:
       ImportError: If Ray, or Orbax where it is needed, is not installed.
       TypeError: If an argument has no legal type.
-      ValueError: If an argument is out of range, a gradient does not fit the parameters, or
-        ``checkpoint_dir`` holds another model, or a run in another mode.
+      ValueError: If an argument is out of range, a gradient does not fit the parameters, ``name``
+        is that of another run, or ``checkpoint_dir`` holds another model, or a run in another mode.
       OSError: If ``checkpoint_dir`` cannot be written.
       RuntimeError: If more than ``max_bad_pushes`` gradients were refused (a checkpoint has been
         written), no worker is left, or the server died and there is no checkpoint to go on from.
