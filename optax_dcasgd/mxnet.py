@@ -83,7 +83,8 @@ def DCASGD(  # noqa: N802 (MXNet's name)
     Returns:
       A transformation for ``optax.apply_updates``. For float32 parameters its updates are those of
       MXNet to float32 rounding; for half-precision ones the arithmetic is in float32, which MXNet's
-      is not. ``update`` takes ``stale_params`` as `dcasgd` does.
+      is not (with ``version=1`` the compensated gradient is rounded in between). ``update`` takes
+      ``stale_params`` as `dcasgd` does.
 
     Raises:
       ValueError: If an argument is out of range, or the scheduler's ``base_lr`` is not

@@ -22,7 +22,6 @@ def results(name):
 
 def benchmark(name, monkeypatch):
     """The script of that name, as a module; what it sets in the environment is undone."""
-    pytest.importorskip("tqdm")
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")

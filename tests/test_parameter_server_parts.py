@@ -19,6 +19,7 @@ from optax_dcasgd.parameter_server import (
     _checkpoint,
     _history,
     _metrics,
+    _server,
     _worker,
 )
 from optax_dcasgd.parameter_server._transport import Layout, from_raw, to_raw
@@ -377,6 +378,36 @@ def test_what_rays_metrics_are_told(monkeypatch):
         "optax_dcasgd_staleness": [(1.0, {"run": "mine"})],
         "optax_dcasgd_events": [(1, {"run": "mine", "kind": "dropped"})],
     }
+
+
+def test_who_is_missing_is_said_while_nothing_happens(monkeypatch):
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    for metric in ("Counter", "Gauge"):
+        monkeypatch.setattr(_metrics.metrics, metric, _Recorded)
+    layout = Layout(PARAMS)
+    options = _server.Options(
+        mode="async",
+        num_workers=2,
+        num_updates=10,
+        max_staleness=None,
+        on_stale="wait",
+        checkpoint_dir=None,
+        checkpoint_every=100,
+        compensation_every=None,
+        max_bad_pushes=0,
+        name=None,
+        signature=[],
+    )
+    server = _server.Server(optax.sgd(0.1), PARAMS, (layout, layout, layout), options, {})
+    server._workers = {0, 1}
+    server._present.add(1)
+    assert not server.advance(0.2).events  # not yet
+    monkeypatch.setattr(_server, "_PATIENCE", 0.0)
+    event, *_ = server.advance(0.2).events
+    assert event.kind == "waiting"
+    assert "not started: [0]; that are computing: none" in event.message
+    server._calls._listener.close()
+    server._calls._selector.close()
 
 
 def test_a_worker_survives_what_batches_raise():

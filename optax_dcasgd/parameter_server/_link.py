@@ -69,12 +69,16 @@ class Listener:
                 accepted.close()
 
     def _welcome(self, accepted: socket.socket) -> None:
-        with contextlib.suppress(*_NOT_OURS), _released(self._strangers):
+        try:
             with _handshake(accepted, then=_STALL_TIMEOUT) as connection:
                 deliver_challenge(connection, self.address.key)
                 answer_challenge(connection, self.address.key)
                 (index,) = _HELLO.unpack(connection.recv_bytes(_HELLO.size))
             self._new.append((index, connection))
+        except _NOT_OURS:
+            pass
+        finally:
+            self._strangers.release()
 
     def new(self) -> list[tuple[int, Connection]]:
         """The connections that have come since the last call, and whose they are."""
@@ -106,14 +110,6 @@ def connect(address: Address, index: int) -> Connection:
         raise ConnectionError(
             f"cannot reach the server at {address.host}, port {address.port}: {error!r}"
         ) from error
-
-
-@contextlib.contextmanager
-def _released(semaphore: threading.Semaphore) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        semaphore.release()
 
 
 @contextlib.contextmanager

@@ -175,8 +175,12 @@ def train(
     # What the optimizer has against such an update is better said here than by the server.
     jax.eval_shape(
         optax.with_extra_args_support(tx).update,
-        *(returned[1], state_like, params),
-        **{"stale_params": params, "worker": np.int32(0), "staleness": np.int32(0)},
+        returned[1],
+        state_like,
+        params,
+        stale_params=params,
+        worker=np.int32(0),
+        staleness=np.int32(0),
     )
     layouts = Layout(params), of_grads, of_grads.cast(transport_dtype)
 
