@@ -142,6 +142,11 @@ def test_stale_gradients_are_dropped_and_their_batches_kept(tmp_path):
     result = train(600, batches=slow, max_staleness=3, on_stale="drop")
     assert result.history.staleness.max() <= 3
     assert kinds(result)["dropped"] > 0
+    last = {}
+    for event in result.events:
+        batch = event.message.rpartition("batch ")[2]
+        assert last.get(batch) != event.worker  # it would be as late with it again
+        last[batch] = event.worker
     assert_each_batch_once(result)
     assert_replays(result)
 

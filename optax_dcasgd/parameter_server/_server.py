@@ -101,7 +101,8 @@ class Server:
         self._to_apply: list[Gradient] = []  # counted already
         self._published: Version | None = None
         self._version, self._next_batch = 0, 0
-        self._again: collections.deque[int] = collections.deque()
+        # Batches to be computed again, in this order: by whom their gradient came too late, if so.
+        self._again: dict[int, int | None] = {}
         self._losses: collections.Counter[int] = collections.Counter()  # of workers, by batch
         self._rows = np.zeros(options.num_updates, _history.DTYPE)
         self._num_bad, self._time = 0, 0.0
@@ -196,10 +197,19 @@ class Server:
         if self._published is None or self._published.number != self._version:
             self._published = self._update.publish(self._version)
         message = self._published.message
-        batch = self._again.popleft() if self._again else self._next_batch
-        self._next_batch = max(self._next_batch, batch + 1)
+        batch = self._choose_batch(index)
         self._pulls[index] = _Pull(index, batch, self._published)
         self._calls.send(index, TASK.pack(batch, 0), message)
+
+    def _choose_batch(self, index: int) -> int:
+        """The next for this worker: one that has to be computed again goes before a new one."""
+        for batch, too_slow in self._again.items():
+            # A slow worker would be too late with it once more, and keep it from all the others.
+            if too_slow != index or len(self._workers) == 1:
+                del self._again[batch]
+                return batch
+        self._next_batch += 1
+        return self._next_batch - 1
 
     def _under_way(self) -> list[int]:
         """How stale each gradient is that has not been applied: those here, then those pulled."""
@@ -246,7 +256,7 @@ class Server:
             # All workers may have died together, each of them with this batch by and by. If more
             # die over it, it may be what kills them.
             if losses <= max(2, self._num_workers):
-                self._again.append(pull.batch)
+                self._again[pull.batch] = None
             else:
                 self._refuse(pull, f"{losses} workers were lost over batch {pull.batch}")
 
@@ -283,7 +293,7 @@ class Server:
             self._release(pull.worker)
             staleness = self._version - pull.version.number
             if limit is not None and staleness > limit:
-                self._again.append(pull.batch)
+                self._again[pull.batch] = pull.worker
                 message = f"staleness {staleness} > max_staleness={limit} (batch {pull.batch})"
                 self._event("dropped", pull.worker, message)
                 continue
@@ -380,7 +390,7 @@ class Server:
         if version:
             self._rows[:version] = _history.to_rows(snapshot.history)
         self._next_batch, self._num_bad = meta["next_batch"], meta["num_bad"]
-        self._again.extend(meta["again"])
+        self._again = dict.fromkeys(meta["again"])
         self._time = meta["time"]
         self._event("resumed", None, f"from the checkpoint of {version} updates")
 
