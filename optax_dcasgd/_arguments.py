@@ -82,7 +82,7 @@ def check_integer(name: str, value: Any, *, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         hint = (
             f' Under optax.inject_hyperparams, list it: static_args=("{name}",).'
-            if isinstance(value, jax.Array)
+            if isinstance(value, jax.Array) and name.isidentifier()  # no field of something
             else ""
         )
         raise TypeError(f"{name} must be a Python integer; got {value!r}.{hint}")

@@ -1,5 +1,7 @@
 """`diagnostics` on problems whose answers are known, against brute force, and along a run."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,17 +153,24 @@ def test_what_is_judged_is_what_the_transformation_does(options, complex_numbers
         np.testing.assert_allclose(judged.relative_error, expected, 1e-10)
 
 
-@pytest.mark.parametrize("num_pairs", [3, 7, 40])
+@pytest.mark.parametrize(("num_pairs", "replayed"), [(3, False), (7, False), (40, True)])
 @pytest.mark.usefixtures("x64")
-def test_pairs_of_a_run(num_pairs):
+def test_pairs_of_a_run(num_pairs, replayed):
     """Against the float64 server: w, w_s, ν over all updates, both gradients on the same batch."""
-    arrivals = cases.arrivals()
+    arrivals, batches, batch = cases.arrivals(), cases.BATCHES, np.arange(40)
+    if replayed:  # a run that went twelve batches over and over, in an order of its own
+        batch = np.roll(batch, 5)
+        arrivals = dataclasses.replace(arrivals, batch=batch)
+        batches = {name: x[:12] for name, x in batches.items()}
     staleness = np.asarray(arrivals.staleness)
-    versions, _ = cases.numpy_run([[(t, tau)] for t, tau in enumerate(staleness)], lamda=0.0)
+    updates = [[(batch[t] % len(batches["x"]), tau)] for t, tau in enumerate(staleness)]
+    versions, _ = cases.numpy_run(updates, lamda=0.0)
     versions = [reference.wide(cases.PARAMS), *versions]
 
     def gradient(version, t):
-        return cases.numpy_grad_fn(versions[version], *(cases.BATCHES[k][t] for k in "xy"))[1]
+        return cases.numpy_grad_fn(
+            versions[version], *(cases.BATCHES[k][updates[t][0][0]] for k in "xy")
+        )[1]
 
     nu, nus = reference.zeros(cases.PARAMS), []
     for t, tau in enumerate(staleness):
@@ -172,12 +181,12 @@ def test_pairs_of_a_run(num_pairs):
         cases.grad_fn,
         cases.as_jax(cases.PARAMS),
         optax.sgd(cases.LEARNING_RATE),
-        cases.as_jax(cases.BATCHES),
+        cases.as_jax(batches),
         arrivals,
         num_pairs=num_pairs,
         decay=0.8,
     )
-    recorded = {3: [12, 25, 39], 7: [4, 9, 14, 19, 24, 29, 39], 40: range(40)}[num_pairs]
+    recorded = {3: [12, 25, 39], 7: [4, 10, 16, 21, 27, 33, 39], 40: range(40)}[num_pairs]
     for row, t in enumerate(recorded):
         expected = Pairs(
             versions[t],
@@ -191,6 +200,21 @@ def test_pairs_of_a_run(num_pairs):
             pairs,
             expected,
         )
+
+
+def test_fresh_gradients_of_a_real_run_are_right():
+    """Each on the batch and with the key that it was computed with."""
+    arrivals = simulation.arrivals(jax.random.key(0), 1, 24)
+    arrivals = dataclasses.replace(arrivals, batch=np.random.default_rng(0).permutation(24))
+
+    def grad_fn(w, batch, key):
+        return jnp.zeros(()), w - batch + jax.random.normal(key)
+
+    for batches in (jnp.arange(24.0), jnp.arange(5.0), lambda i: 2.0 * i):
+        pairs = diagnostics.collect(
+            grad_fn, jnp.zeros(()), optax.sgd(0.1), batches, arrivals, num_pairs=8
+        )
+        np.testing.assert_array_equal(pairs.grads, pairs.stale_grads)
 
 
 @pytest.mark.usefixtures("x64")

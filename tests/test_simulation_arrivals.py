@@ -245,3 +245,8 @@ def test_wrong_compute_times():
         simulation.lognormal(1.0, -1.0)
     with pytest.raises(TypeError, match="mean must be a number"):
         simulation.lognormal("1")
+    with pytest.raises(ValueError, match=r"compute_time must return a scalar.*shape \(4,\)"):
+        simulation.arrivals(KEY, 2, 5, compute_time=lambda key: jax.random.normal(key, 4))
+    for illegal in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="compute_time must return finite numbers, none below"):
+            simulation.arrivals(KEY, 2, 5, compute_time=lambda key, x=illegal: x)

@@ -116,6 +116,18 @@ def test_traced_arrivals_that_need_more_versions_than_workers_are_not_trained_wr
     cases.assert_close(enough.params, run(arrivals=by_hand(AHEAD)).params, 1e-5)
 
 
+def test_traced_arrivals_leave_integers_alone():
+    def grad_fn(params, batch, key):
+        return jnp.zeros(()), {"w": params["w"], "n": jnp.zeros_like(params["n"])}
+
+    params = {"w": jnp.ones(()), "n": jnp.array(3, jnp.int32)}
+    tx = optax.masked(optax.sgd(0.1), {"w": True, "n": False})
+    trained = jax.jit(lambda arrivals: run(tx, grad_fn=grad_fn, params=params, arrivals=arrivals))
+    result = trained(by_hand(AHEAD, num_workers=3))
+    assert (result.params["n"].dtype, int(result.params["n"])) == (jnp.int32, 3)
+    assert result.history.num_finite == NUM_UPDATES
+
+
 def test_as_few_versions_as_the_arrivals_need():
     rng, plan = np.random.default_rng(0), jax.jit(_versions.plan, static_argnums=1)
     for _ in range(100):
@@ -209,6 +221,7 @@ def test_no_progress_where_python_does_not_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", tqdm)
     jax.eval_shape(jax.jit(lambda: run(progress=True)))
     jax.eval_shape(jax.vmap(lambda key: run(progress=True, key=key)), jax.random.split(KEY))
+    jax.vmap(lambda rate: run(optax.sgd(rate), progress=True))(jnp.array([0.1, 0.2]))
     assert not tqdm.bars
 
 

@@ -11,7 +11,7 @@ from jax import lax
 from optax_dcasgd import _arguments, _trees, simulation
 from optax_dcasgd._compensation import add_delay_compensation
 from optax_dcasgd.simulation import Arrivals, _arrivals
-from optax_dcasgd.simulation._run import GradFn, check_batches, check_grad_fn, row
+from optax_dcasgd.simulation._run import GradFn, batch_at, check_batches, check_grad_fn, row
 
 
 class Pairs(NamedTuple):
@@ -106,14 +106,14 @@ def collect(
 ) -> Pairs:
     """Trains as ``simulation.run`` does and keeps pairs evenly spaced along the way.
 
-    The state of the training holds 3 · num_pairs copies of the parameters for this.
+    The state of the training holds 4 · num_pairs copies of the parameters for this.
 
     Args:
       grad_fn: As for `simulation.run`, like the next four.
       params: The initial parameters.
       tx: Any Optax optimizer; it decides the trajectory.
-      batches: One batch a push.
-      arrivals: The order of the pushes.
+      batches: The batches.
+      arrivals: The order of the pushes, and on which batch each was computed.
       num_pairs: K, how many pairs; the last is that of the last update.
       decay: m of DC-ASGD-a, whose ν runs over the stale gradients of all updates.
       key: A JAX random key, by default ``jax.random.key(0)``.
@@ -141,25 +141,21 @@ def collect(
     _arguments.check_scalar("decay", decay, minimum=0.0, below=1.0, schedule=False)
     _arrivals.check(arrivals)
     key = jax.random.key(0) if key is None else key
-    recorder = _record(num_pairs, _spacing(arrivals, num_pairs), decay)
+    at = recorded_at(arrivals, num_pairs)
+    recorder = _record(at, decay)
     result = simulation.run(grad_fn, params, optax.chain(recorder, tx), batches, arrivals, key=key)
     seen: Pairs = result.state[0].pairs
-    grads = _gradients(grad_fn, seen.params, batches, key, recorded_at(arrivals, num_pairs))
+    batch = at if arrivals.batch is None else np.asarray(arrivals.batch)[at].astype(np.int32)
+    grads = _gradients(grad_fn, seen.params, batches, key, batch)
     return seen._replace(grads=grads)
 
 
-def _spacing(arrivals: Arrivals, num_pairs: int) -> int:
+def recorded_at(arrivals: Arrivals, num_pairs: int) -> np.ndarray:
+    """The updates whose pairs `collect` keeps, evenly spaced, shape (num_pairs,)."""
     num_updates = int(jnp.shape(arrivals.worker)[0])
     if num_updates < num_pairs:
         raise ValueError(f"num_pairs={num_pairs} is more than the {num_updates} updates there are.")
-    return num_updates // num_pairs
-
-
-def recorded_at(arrivals: Arrivals, num_pairs: int) -> np.ndarray:
-    """The updates whose pairs `collect` keeps, shape (num_pairs,)."""
-    last = np.arange(1, num_pairs + 1) * _spacing(arrivals, num_pairs) - 1
-    last[-1] = jnp.shape(arrivals.worker)[0] - 1
-    return last.astype(np.int32)
+    return (np.arange(1, num_pairs + 1) * num_updates // num_pairs - 1).astype(np.int32)
 
 
 class _RecordState(NamedTuple):
@@ -167,13 +163,13 @@ class _RecordState(NamedTuple):
     pairs: Pairs
 
 
-def _record(num_pairs: int, spacing: int, decay: float) -> optax.GradientTransformationExtraArgs:
-    """Passes gradients on as they are, and keeps the last pair of each stretch of updates."""
+def _record(at: np.ndarray, decay: float) -> optax.GradientTransformationExtraArgs:
+    """Passes gradients on as they are, and keeps the pairs of the updates ``at``."""
     link = add_delay_compensation(0.0, decay=decay, store=None)
 
     def init_fn(params: optax.Params) -> _RecordState:
         state = link.init(params)
-        rows = jax.tree.map(lambda p: jnp.zeros((num_pairs, *p.shape), p.dtype), (params, state.nu))
+        rows = jax.tree.map(lambda p: jnp.zeros((at.size, *p.shape), p.dtype), (params, state.nu))
         return _RecordState(state, Pairs(rows[0], rows[0], None, rows[0], rows[1]))
 
     def update_fn(
@@ -185,12 +181,12 @@ def _record(num_pairs: int, spacing: int, decay: float) -> optax.GradientTransfo
         **extra_args: Any,
     ) -> tuple[optax.Updates, _RecordState]:
         del extra_args
-        # Each update of a stretch overwrites the one before.
-        stretch = jnp.minimum(state.link.count // spacing, num_pairs - 1)
+        # Every update goes to the place of the next that is kept, which overwrites it.
+        place = jnp.searchsorted(at, state.link.count)
         _, link_state = link.update(updates, state.link, params, stale_params=stale_params)
         kept = jax.tree.map(
             lambda rows, x: lax.dynamic_update_index_in_dim(
-                rows, jnp.asarray(x, rows.dtype), stretch, 0
+                rows, jnp.asarray(x, rows.dtype), place, 0
             ),
             state.pairs,
             Pairs(params, stale_params, None, updates, link_state.nu),
@@ -206,8 +202,7 @@ def _gradients(grad_fn: GradFn, params: Any, batches: Any, key: Any, t: Any) -> 
     def gradients(params: Any, data: Any, key: Any) -> Any:
         def gradient(x: Any) -> Any:
             params, t = x
-            batch = batches(t) if callable(batches) else row(data, t)
-            return grad_fn(params, batch, jax.random.fold_in(key, t))[1]
+            return grad_fn(params, batch_at(batches, data, t), jax.random.fold_in(key, t))[1]
 
         return lax.map(gradient, (params, jnp.asarray(t)))
 

@@ -66,8 +66,8 @@ def diagnose(
       grad_fn: As for `simulation.run`, like the next four.
       params: The initial parameters.
       tx: Any Optax optimizer.
-      batches: One batch a push.
-      arrivals: The order of the pushes.
+      batches: The batches.
+      arrivals: The order of the pushes, and on which batch each was computed.
       num_pairs: How many gradients to judge.
       decay: m of DC-ASGD-a.
       eps: As for `add_delay_compensation`.

@@ -197,7 +197,9 @@ def arrivals(
     Only computing takes time. The k-th gradient of worker i takes
     ``slowdown[i] * compute_time(jax.random.fold_in(jax.random.fold_in(key, i), k))`` seconds,
     k = 0, 1, …, whatever the other workers do. Pushes that arrive at the same moment are applied in
-    the order of the workers' indices.
+    the order of the workers' indices; where that matters, let the times be whole numbers, since
+    sums of others are rounded and need not be equal. Each call compiles anew; wrap it in
+    ``jax.jit`` to make many.
 
     Args:
       key: A JAX random key.
@@ -219,7 +221,9 @@ def arrivals(
 
     Raises:
       TypeError: If an argument has no legal type.
-      ValueError: If an argument is out of range, or names a worker there is not.
+      ValueError: If an argument is out of range, or names a worker there is not; if
+        ``compute_time`` returns no scalar, or (outside of ``jax.jit``) times below zero or no
+        numbers.
 
     Examples:
       Worker 2 needs three times as long, worker 1 stops after 3.5 seconds:
@@ -240,6 +244,10 @@ def arrivals(
         compute_time = exponential()
     elif not callable(compute_time):
         _arguments.check_scalar("compute_time", compute_time, above=0.0, schedule=False)
+    else:
+        shape = jnp.shape(jax.eval_shape(compute_time, key))
+        if shape != ():
+            raise ValueError(f"compute_time must return a scalar; it returned shape {shape}.")
     slowdown = _per_worker("slowdown", slowdown, num_workers, 1.0)
     start = _per_worker("start", start, num_workers, 0.0)
     stop = _per_worker("stop", stop, num_workers, np.inf)
@@ -274,9 +282,12 @@ def arrivals(
 
         _, barrier = lax.scan(synchronize, jnp.zeros((), float), durations[:num_rounds])
         # Summed here, pairwise: a running sum of small steps would lose them in a long run.
-        return worker, staleness, jnp.cumsum(elapsed), barrier
+        time, is_legal = jnp.cumsum(elapsed), jnp.all((elapsed >= 0) & (elapsed < jnp.inf))
+        return is_legal, worker, staleness, time, barrier
 
-    worker, staleness, time, barrier = jax.jit(simulate)(key, slowdown, start, stop)
+    is_legal, worker, staleness, time, barrier = jax.jit(simulate)(key, slowdown, start, stop)
+    if not isinstance(is_legal, jax.core.Tracer) and not is_legal:
+        raise ValueError("compute_time must return finite numbers, none below zero.")
     return Arrivals(worker, staleness, time, barrier, int(num_workers))
 
 

@@ -1,5 +1,6 @@
 """`run`: training in the order of given arrivals, as one compiled loop."""
 
+import concurrent.futures
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.extend.core import get_opaque_trace_state
 
 from optax_dcasgd import _arguments, _trees
 from optax_dcasgd.simulation import _arrivals, _versions
@@ -62,7 +64,9 @@ def run(
                      i of round r on batch r·M + i, when the slowest is ready. There are
                      num_updates // M updates; the last num_updates % M batches are left out.
     "sequential"     One push, never stale: one machine computes the same gradients one after
-                     another, and needs the sum of their times.
+                     another, and needs the sum of their times. (How long a gradient took is
+                     counted from when the version it was computed at was made, which for the first
+                     one of a worker that joins later is before he came.)
     ===============  =========================================================================
 
     Args:
@@ -159,21 +163,13 @@ def run(
             if slots_known
             else num_workers
         )
-    # Outside of jit and vmap a new array is no tracer.
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((inputs, jnp.zeros(()))))
-    bar = Bar(num_updates) if progress and not traced else None
+    bar = Bar(num_updates) if progress and not _is_traced() else None
 
     def train(params: Any, data: Any, arrivals: Arrivals, key: jax.Array) -> Result:
         def gradient(params: Any, t: jax.Array) -> Any:
             if arrivals.batch is not None:
                 t = jnp.asarray(arrivals.batch, jnp.int32)[t]
-            if callable(batches):
-                batch = batches(t)
-            elif arrivals.batch is not None:
-                batch = jax.tree.map(lambda x: row(x, t % x.shape[0]), data)
-            else:
-                batch = row(data, t)
-            return grad_fn(params, batch, jax.random.fold_in(key, t))
+            return grad_fn(params, batch_at(batches, data, t), jax.random.fold_in(key, t))
 
         def update(carry: _Carry, step: _Step) -> tuple[_Carry, jax.Array]:
             params, state, versions, report_at = carry
@@ -213,10 +209,12 @@ def run(
         )
         carry, loss, evaluation, evaluated = _scan(update, carry, steps, evaluate, evaluate_every)
         if not slots_known:
-            loss = jnp.where(fits, loss, jnp.nan)
-            carry = carry._replace(
-                params=jax.tree.map(lambda p: jnp.where(fits, p, jnp.nan), carry.params)
-            )
+
+            def if_fits(x: jax.Array) -> jax.Array:
+                return jnp.where(fits, x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+            loss = if_fits(loss)
+            carry = carry._replace(params=jax.tree.map(if_fits, carry.params))
         num_finite = _num_finite(loss, carry.params)
         return Result(
             carry.params, carry.state, History(loss, time, num_finite, evaluation, evaluated)
@@ -228,6 +226,12 @@ def run(
         with bar:
             result = jax.block_until_ready(jax.jit(train)(*inputs))
     return result
+
+
+def _is_traced() -> bool:
+    """Whether this is called under ``jit``, ``vmap`` or the like, whatever it is called with."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # in which nothing is traced
+        return bool(thread.submit(get_opaque_trace_state).result() != get_opaque_trace_state())
 
 
 class _Carry(NamedTuple):
@@ -326,6 +330,13 @@ def _num_finite(loss: jax.Array, params: Any) -> jax.Array:
 def row(tree: Any, index: Any) -> Any:
     """One entry of every leaf's leading axis."""
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), tree)
+
+
+def batch_at(batches: Any, data: Any, index: Any) -> Any:
+    """Batch ``index``: what the function returns, or of the arrays, that stand for ever more."""
+    if callable(batches):
+        return batches(index)
+    return jax.tree.map(lambda x: row(x, index % x.shape[0]), data)
 
 
 def check_batches(batches: Any, num_batches: int | None) -> None:
