@@ -111,12 +111,14 @@ def compensate(
     if delta is None:
         return grad, nu
     # For real g the sign may stay in: g·(λΔ·g). |g|·(λΔ·|g|) is what a complex g needs. Either way
-    # g² itself, which overflows or underflows long before g does, is not formed here.
+    # g² itself, which overflows or underflows long before g does, is formed for ν alone.
     magnitude = jnp.abs(grad) if jnp.iscomplexobj(grad) else grad
-    scaled = (lamda if nu is None else lamda * lax.rsqrt(nu + eps)) * delta
     unchanged = (delta == 0) | (lamda == 0)
     if nu is not None:
-        unchanged |= grad == 0  # with ε = 0, ν may be zero too
+        unchanged |= grad == 0
+        square = nu + eps  # zero where no gradient was ever other than zero, and ε is zero too
+        lamda = lamda * lax.rsqrt(jnp.where(square > 0, square, 1))
+    scaled = lamda * delta
     relative = scaled * magnitude  # compensation / g, elementwise
     if clip is not None:
         relative = _limit(relative, clip)
@@ -138,7 +140,9 @@ def _limit(x: jax.Array, bound: jax.Array) -> jax.Array:
     if not jnp.iscomplexobj(x):
         return jnp.clip(x, -bound, bound)
     size = jnp.abs(x)
-    return jnp.where(size > bound, x * (bound / size), x)
+    outside = size > bound
+    # Divided by 1 where it is not used, or the derivative there would be 0·∞.
+    return jnp.where(outside, x * (bound / jnp.where(outside, size, 1)), x)
 
 
 class AddDelayCompensationState(NamedTuple):
@@ -180,7 +184,11 @@ def add_delay_compensation(
        are exactly one update old (MXNet's rule).
 
     On the first call :math:`w_s = w`. Where λ is zero, or :math:`w = w_s`, the gradient passes
-    bit for bit.
+    bit for bit (one that has not the dtype of its parameter is rounded to it).
+
+    What is remembered is what ``update`` was called with. If a wrapper such as
+    ``optax.apply_if_finite`` keeps a call from reaching it, :math:`w_s` is older than it should be
+    once; ``store=None`` with ``stale_params`` has no such memory.
 
     Args:
       lamda: :math:`\lambda_0 \ge 0`, a float or a schedule of this transformation's own count. The
@@ -191,6 +199,7 @@ def add_delay_compensation(
       clip: None, or the largest :math:`|\tilde g - g| / |g|` of a component; ``clip=1.0`` keeps the
         sign of the gradient. Or a schedule.
       num_workers: The number of workers M, or None. The state keeps M copies of the parameters.
+        (``optax.inject_hyperparams`` needs it listed: ``static_args=("num_workers",)``.)
       store: ``"params"`` to remember parameters as the list above needs them, or None. (What
         ``"updates"`` means for `dcasgd` cannot be had here: what stands behind this transformation
         in a chain decides the update.)

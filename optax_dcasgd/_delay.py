@@ -35,11 +35,13 @@ def delay_gradients(
     Args:
       inner: Any Optax optimizer.
       delay: d ≥ 0, a Python integer, or a prefix tree of integers over the parameters (the stages
-        of a pipeline). The state keeps d gradients and d copies of a parameter, in its dtype.
+        of a pipeline; for ``nnx.Optimizer`` over ``nnx.as_pure(nnx.state(model, nnx.Param))``). The
+        state keeps d gradients and d copies of a parameter, in its dtype.
 
         * An integer: the first d updates are zero and leave the state of ``inner`` untouched.
-          With 0, ``inner`` itself is returned; if it has ``store=None``, the caller of ``update``
-          has to say ``stale_params=params``.
+          With 0, ``inner`` itself is returned, which is told nothing: if it needs them (with
+          ``store=None``, `robust`, `scale_by_staleness`), the caller of ``update`` has to say
+          ``stale_params=params, staleness=0``.
         * A tree: ``inner`` runs from the start. A leaf whose history is not yet full gives it a
           zero gradient, its current value as ``stale_params``, and gets a zero update.
           ``staleness`` is the tree of delays.
@@ -53,7 +55,8 @@ def delay_gradients(
     Raises:
       TypeError: If a delay is no integer, or a parameter is an integer array.
       ValueError: If a delay is negative, if the tree of delays is no prefix of the parameters, or
-        in ``update``, if ``params`` is missing or a tree does not fit it.
+        in ``update``, if ``params`` is missing, a tree does not fit it, or the state was made with
+        another delay.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -111,6 +114,7 @@ def delay_gradients(
         )
         delays = _trees.broadcast_prefix("delay", delay, params)
         _trees.check_state(params, state.params, stacked=True)
+        jax.tree_util.tree_map_with_path(_check_length, delays, state.params)
         updates = jax.tree.map(
             lambda grad, param: jax.tree.map(jnp.zeros_like, param) if grad is None else grad,
             updates,
@@ -161,6 +165,17 @@ def delay_gradients(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_length(path: Any, age: int, history: Any) -> None:
+    """Checks that a leaf of the state holds so many updates."""
+    length = jnp.shape(history)[0] if jax.tree.leaves(history) else 0
+    if length != age:
+        raise ValueError(
+            f"delay is {age}, but the optimizer state was made with a delay of {length} (for "
+            f"params{jax.tree_util.keystr(path)}). Make a new state with init(params), or pass the "
+            "delay it was made with."
+        )
 
 
 def _add_staleness(delay: Any, staleness: Any) -> Any:

@@ -33,7 +33,8 @@ def pipeline_delays(params: Any, layers: Sequence[str | tuple[str, ...]], num_st
     Raises:
       ValueError: If ``num_stages`` is below 1 or above the number of layers; if a layer is not in
         ``params``; or if a parameter is in no layer, or in two.
-      TypeError: If ``num_stages`` is no integer, or a layer is no string and no tuple of strings.
+      TypeError: If ``num_stages`` is no integer, ``layers`` is one string, or a layer is empty, or
+        no string and no tuple of strings.
 
     Examples:
       >>> from optax_dcasgd import pipeline_delays
@@ -46,6 +47,8 @@ def pipeline_delays(params: Any, layers: Sequence[str | tuple[str, ...]], num_st
       <https://arxiv.org/abs/1806.03377>`_, 2019: the staleness of its weight stashing.
     """
     _arguments.check_integer("num_stages", num_stages, minimum=1)
+    if isinstance(layers, str) or not all(layers):
+        raise TypeError(f"layers must be a list of paths, none of them empty; got {layers!r}.")
     if num_stages > len(layers):
         raise ValueError(
             f"num_stages must be at most the number of layers, {len(layers)}; got {num_stages}."
@@ -160,7 +163,9 @@ def predict_params(params: optax.Params, state: Any, steps: Any) -> optax.Params
 
     Args:
       params: w, the current parameters.
-      state: An optimizer state that holds exactly one `TrackVelocityState`, however deep.
+      state: An optimizer state that holds exactly one `TrackVelocityState`, however deep. (With
+        nnx, both as plain trees: ``nnx.as_pure(...)``.) Parameters that a mask keeps out of it stay
+        as they are.
       steps: s ≥ 0, a number, or a prefix tree of numbers over the parameters: the delays of a
         pipeline's stages, as `pipeline_delays` makes them. Where it is the Python integer 0, the
         parameter itself is returned.
@@ -211,13 +216,14 @@ def predict_params(params: optax.Params, state: Any, steps: Any) -> optax.Params
         name = f"steps{jax.tree_util.keystr(path)}"
         _arguments.check_scalar(name, leaf, minimum=0.0, schedule=False)
     steps = _trees.broadcast_prefix("steps", steps, params)
-    velocity = _trees.align("state's velocity", found[0].velocity, params)
+    velocity = found[0].velocity
+    _trees.check_state(params, velocity)
 
-    def ahead(param: Any, delta: Any, s: Any) -> Any:
-        if isinstance(s, int) and s == 0:
+    def ahead(param: Any, s: Any, delta: Any) -> Any:
+        if (isinstance(s, int) and s == 0) or not jax.tree.leaves(delta):  # kept out by a mask
             return param
         dtype = _trees.compute_dtype(param, delta)
         predicted = jnp.asarray(param, dtype) + s * delta.astype(dtype)
         return predicted.astype(_trees.dtype_of(param))
 
-    return jax.tree.map(ahead, params, velocity, steps)
+    return jax.tree.map(ahead, params, steps, velocity)

@@ -43,9 +43,9 @@ def robust(
     r"""Makes training with stale gradients safe without tuning; put it before any optimizer.
 
     Everything is done unit by unit. A unit :math:`u` is what a parameter holds at one index of its
-    last axis: in Flax's layout the weights into one neuron or one channel. (Every component of a
-    vector is a unit, and so is a scalar.) For a gradient :math:`g` computed at :math:`w_s` and
-    applied at :math:`w`, :math:`\tau` updates later,
+    last axis: in Flax's ``Dense`` and ``Conv`` the weights into one neuron or channel. (Every
+    component of a vector is a unit, and so is a scalar.) For a gradient :math:`g` computed at
+    :math:`w_s` and applied at :math:`w`, :math:`\tau` updates later,
 
     .. math::
       \nu_u &\leftarrow m\,\nu_u + (1 - m)\,\|g_u\|^2, \qquad r_u = \sqrt{\nu_u + \varepsilon} \\
@@ -115,7 +115,7 @@ def robust(
     hyperparams = _Hyperparameters(lamda, decay, max_norm, eps)
     _arguments.check_scalar("lamda", lamda, minimum=0.0)
     _arguments.check_scalar("decay", decay, minimum=0.0, below=1.0)
-    _arguments.check_scalar("max_norm", max_norm, minimum=0.0, optional=True)
+    _arguments.check_scalar("max_norm", max_norm, above=0.0, optional=True)
     _arguments.check_scalar("power", power, minimum=0.0, schedule=False)
     _arguments.check_scalar("eps", eps, minimum=0.0)
     _arguments.check_choice("store", store, ("params", None))
@@ -183,17 +183,17 @@ def _shrink(
     lamda, decay, max_norm, eps = as_dtype(hyperparams, nu.dtype)
     squared = _sum_units(grad.real**2 + grad.imag**2 if jnp.iscomplexobj(grad) else grad**2)
     nu = decay * nu + complement(hyperparams.decay, nu.dtype) * squared
-    root = jnp.sqrt(nu + eps)
+    square = nu + eps
+    root = jnp.sqrt(jnp.where(square > 0, square, 1))  # of zero it has no derivative; not used then
     factor = jnp.ones_like(root)
     if delta is not None:
         along = _sum_units((grad.conj() * delta).real)
         moved = jnp.any(delta != 0, axis=tuple(range(delta.ndim - 1))) & (along != 0)
-        # By selection, as 0/0 may stand where it is not used: a gradient that was always zero.
         factor = jnp.where(moved, jnp.clip(1 + lamda * along / root, 0, 1), 1)
     if max_norm is not None:
-        # No root of zero, which has no derivative.
         norm, largest = jnp.sqrt(jnp.where(squared > 0, squared, 1)), max_norm * root
         factor *= jnp.where((squared > 0) & (norm > largest), largest / norm, 1)
+    factor = jnp.expand_dims(factor, range(grad.ndim - factor.ndim))
     return jnp.where(factor == 1, grad, grad * factor), nu
 
 

@@ -55,7 +55,7 @@ def scale_by_staleness(power: float | jax.Array = 1.0) -> optax.GradientTransfor
             raise ValueError(
                 "staleness is required: pass update(..., staleness=tau), the number of updates "
                 "that were applied since the gradient's parameters were read, or wrap the "
-                "optimizer in delay_gradients, which passes it."
+                "optimizer in delay_gradients with a delay above 0, which passes it."
             )
 
         def leaf(update: Any, age: Any) -> Any:
@@ -204,9 +204,10 @@ def scale_by_gap(
             moved = nu > 0
             square = jnp.where(moved, nu.astype(real) / jnp.where(moved, weight.astype(real), 1), 1)
             typical_step = jnp.where(moved, jnp.sqrt(square), 0)
-            gap = 1 + distance / (typical_step + jnp.asarray(eps_now, real))
-            # 0/0 on the first update, and for ε = 0 where w never moved: not used there.
-            gap = jnp.where(first | (distance == 0), 1, gap)
+            # On the first update, and where w never moved, 0/0 would stand there if ε is 0.
+            has_gap = ~first & (distance > 0)
+            scale = typical_step + jnp.asarray(eps_now, real)
+            gap = jnp.where(has_gap, 1 + distance / jnp.where(has_gap, scale, 1), 1)
             return ((jnp.asarray(grad, dtype) / gap).astype(_trees.dtype_of(param)),)
 
         (updates,) = _trees.map_leaves(leaf, 1, updates, params, stale, nu)

@@ -282,8 +282,9 @@ def zeros_like(x: Any, dtype: Any = None) -> Any:
 def compute_dtype(*arrays: Any) -> Any:
     """The dtype of the arithmetic on these arrays (``None`` left out): at least float32."""
     dtype = jnp.dtype(jnp.float32)
-    for array in arrays:
-        dtype = dtype if array is None else jnp.promote_types(dtype, dtype_of(array))
+    with jax.numpy_dtype_promotion("standard"):  # what is cast to it is cast explicitly
+        for array in arrays:
+            dtype = dtype if array is None else jnp.promote_types(dtype, dtype_of(array))
     return dtype
 
 

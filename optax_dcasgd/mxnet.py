@@ -61,8 +61,9 @@ def DCASGD(  # noqa: N802 (MXNet's name)
       learning_rate: lr. None for that of ``lr_scheduler``, or 0.01 without one. MXNet overwrites
         ``lr_scheduler.base_lr`` with it; here a scheduler with another ``base_lr`` is refused.
         (MXNet 1.x has no default of its own for DCASGD and trains with 0.01.)
-      momentum: In [0, 1); or, which MXNet has not, a schedule.
-      lamda: :math:`\lambda \ge 0`.
+        Or, which MXNet has not, a schedule of Optax's, instead of ``lr_scheduler``.
+      momentum: In [0, 1); or a schedule.
+      lamda: :math:`\lambda \ge 0`; or a schedule.
       use_fused_step: Must be False: MXNet has no fused step for DCASGD. See `fused_dcasgd`.
       wd: Weight decay.
       rescale_grad: Multiplies the gradient first, 1/batch_size for summed losses.

@@ -103,6 +103,10 @@ MODES = {
         optax.chain(dc.scale_by_gap(0.9, num_workers=NUM_WORKERS), optax.sgd(0.1)),
         worker,
     ),
+    "robust-workers": (
+        optax.chain(dc.robust(num_workers=NUM_WORKERS), optax.sgd(0.1)),
+        lambda t: {"worker": np.int32(WORKERS[t]), "staleness": np.int32(STALENESS[t])},
+    ),
     "staleness": (
         optax.chain(dc.scale_by_staleness(0.5), optax.sgd(0.1)),
         lambda t: {"staleness": np.int32(STALENESS[t])},

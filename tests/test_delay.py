@@ -193,6 +193,23 @@ def test_one_update_old_is_what_dcasgd_remembers_by_itself():
         assert_close(history, expected, rtol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("made_with", "used_with", "message"),
+    [
+        (2, 3, r"delay is 3, but .* made with a delay of 2 \(for params\['a'\]\)"),
+        (3, 2, r"delay is 2, but .* made with a delay of 3 \(for params\['a'\]\)"),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 0}, r"delay is 0, .* a delay of 2 \(for params\['b'\]\)"),
+        ({"a": 1, "b": 0}, {"a": 1, "b": 2}, r"delay is 2, .* a delay of 0 \(for params\['b'\]\)"),
+    ],
+)
+def test_a_state_made_for_another_delay_is_refused(made_with, used_with, message):
+    """In place of gradients in another order."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(())}
+    state = optax_dcasgd.delay_gradients(optax.sgd(1.0), made_with).init(params)
+    with pytest.raises(ValueError, match=message):
+        optax_dcasgd.delay_gradients(optax.sgd(1.0), used_with).update(params, state, params)
+
+
 def test_gradients_that_are_none_count_as_zero():
     tx = optax_dcasgd.delay_gradients(optax.sgd(0.1), 1)
     params = {"trained": jnp.ones(2), "frozen": jnp.ones(3)}

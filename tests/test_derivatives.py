@@ -14,6 +14,10 @@ OPTIMIZERS = {
         lambda lr: optax.chain(dc.add_delay_compensation(0.5, decay=0.9, clip=1.0), optax.sgd(lr)),
         {},
     ),
+    "add_delay_compensation, eps=0": (
+        lambda lr: optax.chain(dc.add_delay_compensation(lr, decay=0.9, eps=0.0), optax.sgd(lr)),
+        {},
+    ),
     "dcasgd": (lambda lr: dc.dcasgd(lr, 0.9, 0.5, decay=0.9), {}),
     "dcasgd, updates": (lambda lr: dc.dcasgd(lr, 0.9, 0.5, store="updates"), {}),
     "dcasgd, workers": (lambda lr: dc.dcasgd(lr, 0.9, 0.5, num_workers=2), {"worker": 1}),
@@ -25,25 +29,35 @@ OPTIMIZERS = {
         {"staleness": 3},
     ),
     "scale_by_gap": (lambda lr: optax.chain(dc.scale_by_gap(0.9), optax.sgd(lr)), {}),
+    "scale_by_gap, eps=0": (lambda lr: optax.chain(dc.scale_by_gap(eps=0.0), optax.sgd(lr)), {}),
     "robust": (lambda lr: optax.chain(dc.robust(1.0), optax.sgd(lr)), {"staleness": 3}),
+    "robust, eps=0": (
+        lambda lr: optax.chain(dc.robust(lr, eps=0.0), optax.sgd(lr)),
+        {"staleness": 3},
+    ),
 }
 
 
+@pytest.mark.parametrize("direction", [1.0, 0.8 + 0.6j], ids=["real", "complex"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_derivatives_are_finite_differences(name):
+def test_derivatives_are_finite_differences(name, direction):
     make, extra_args = OPTIMIZERS[name]
     # One component and one unit (a column) start at the minimum and never have a gradient.
-    start = np.array([[0.5, 0.0, -0.3], [0.0, 0.0, 0.8]])
+    start = np.array([[0.5, 0.0, -0.3], [0.0, 0.0, 0.8]]) * direction
 
     def loss(w):
-        return jnp.sum(1 - jnp.cos(w)) + 0.1 * jnp.sum(w) ** 2 * jnp.sum(w[:, 0])
+        of_parts = [
+            jnp.sum(1 - jnp.cos(x)) + 0.1 * jnp.sum(x) ** 2 * jnp.sum(x[:, 0])
+            for x in (w.real, w.imag)
+        ]
+        return sum(of_parts)
 
     @jax.jit
     def trained(lr, scale):
         params, tx = scale * start, make(lr)
         state = tx.init(params)
         for _ in range(4):
-            grads = (start != 0) * jax.grad(loss)(params)
+            grads = (start != 0) * jax.grad(loss)(params).conj()
             updates, state = tx.update(grads, state, params, **extra_args)
             params = optax.apply_updates(params, updates)
         return loss(params)

@@ -23,6 +23,7 @@ from host_cases import (
     plain_run,
     random_tree,
     start,
+    tree_cast,
     worker,
 )
 
@@ -50,6 +51,37 @@ def test_scan_equals_a_loop(mode):
 
     of_steps = (stacked(grads[:STEPS]), stacked([extras(t) for t in range(STEPS)]))
     assert_close(train(params, *of_steps), plain_run(mode), rtol=1e-6)
+
+
+@each_mode
+def test_no_ranks_are_promoted(mode):
+    tx, extras, params, grads = start(mode)
+    with jax.numpy_rank_promotion("raise"):
+        state = tx.init(params)
+        for t in range(2):
+            _, state = tx.update(grads[t], state, params, **extras(t))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        dc.dcasgd(0.1, 0.9, 0.5, decay=0.9, clip=1.0),
+        dc.dcasgd(0.1, 0.9, 0.5, store="updates"),
+        optax.chain(dc.add_delay_compensation(0.5, decay=0.9, clip=1.0), optax.sgd(0.1)),
+        optax.chain(dc.robust(), optax.sgd(0.1)),
+        optax.chain(dc.scale_by_gap(), optax.sgd(0.1)),
+        dc.delay_gradients(dc.dcasgd(0.1, 0.9, 0.5, store=None), 1),
+    ],
+    ids=["dcasgd", "updates", "add_delay_compensation", "robust", "scale_by_gap", "delay"],
+)
+def test_no_dtypes_are_promoted(tx, dtype):
+    params, grads = tree_cast(PARAMS, dtype), tree_cast(GRADS[0], dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, params, staleness=1)
+    assert jax.tree.all(jax.tree.map(lambda u: u.dtype == dtype, updates))
 
 
 @pytest.mark.parametrize("store", ["params", "updates", "workers", "given"])

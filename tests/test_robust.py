@@ -296,7 +296,7 @@ def test_under_scan_and_vmap_over_settings():
 WRONG = {
     "lamda": [(-1.0, ValueError), ("1", TypeError), (float("nan"), ValueError)],
     "decay": [(1.0, ValueError), (None, TypeError)],
-    "max_norm": [(-1.0, ValueError), (True, TypeError)],
+    "max_norm": [(0.0, ValueError), (-1.0, ValueError), (True, TypeError)],
     "power": [(-0.5, ValueError), (lambda t: 0.5, TypeError)],
     "eps": [(-1e-9, ValueError)],
     "store": [("updates", ValueError)],
