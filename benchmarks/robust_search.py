@@ -463,7 +463,13 @@ def main(argv: list[str] | None = None) -> None:
     args.target = problem.target if args.target is None else args.target
 
     key = f"{args.problem}, seeds {args.first_seed} to {args.first_seed + args.seeds - 1}"
-    kept = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    kept = {}
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        kept = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for name in ("good", "target"):
+        if kept.get(key, {}).get(name, getattr(args, name)) != getattr(args, name):
+            parser.error(f"argument --{name}: {args.out} has figures for {kept[key][name]:g}")
     results: dict[str, Any] = {}
     for name in args.methods:
         start = time.perf_counter()

@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import count, fraction, make_folder, positive
 from compare_async_plots import plot_all
 from compare_async_problems import PROBLEMS, split
 from compare_async_report import Cell, report
@@ -292,30 +292,12 @@ def run_all(args: argparse.Namespace) -> list[Cell]:
     return [done.cells[name] for name in wanted]
 
 
-def number(kind: type, expected: str, legal: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """An argparse type that refuses what is not legal, and says what is expected."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and legal(value)):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return convert
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; whatever cannot be run ends here, before any training."""
     parser = argparse.ArgumentParser(
         description="Trains a small model with simulated asynchronous workers and compares "
         "methods for stale gradients. What is not given has the value in brackets."
     )
-    count = number(int, "an integer of at least 1", lambda v: v >= 1)
-    positive = number(float, "a number above 0", lambda v: v > 0)
-    fraction = number(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
 
     def default(name: str) -> str:
         values = [FULL[name], QUICK[name]]
@@ -382,11 +364,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             f"{problem.train_size} training images"
         )
     args.learning_rates.sort()
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        parser.error(f"argument --out: cannot write to {args.out}: {error.strerror}")
+    make_folder(parser, args.out)
     return args
 
 

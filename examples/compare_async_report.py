@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import compare, mean_and_std, std
 
 # A run with more errors than this has learned nothing: chance is 90 % where there are 10 classes.
 STUCK = 0.8
@@ -93,11 +94,6 @@ def fastest(cells: list[Cell], target: float) -> Cell:
     return min(cells, key=slowness)
 
 
-def std(values: np.ndarray) -> float:
-    """The standard deviation of single runs; NaN for one run."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
 def describe(errors: np.ndarray) -> str:
     """Mean ± standard deviation in percent; where a seed failed, how many instead."""
     diverged, stuck = int(np.isnan(errors).sum()), int((errors > STUCK).sum())
@@ -106,27 +102,7 @@ def describe(errors: np.ndarray) -> str:
         first, *rest = counts
         n, word = first.split()
         return ", ".join([f"{n} of {len(errors)} seeds {word}", *rest])
-    mean = f"{100 * errors.mean():.1f}"
-    return mean if len(errors) == 1 else f"{mean} ± {100 * std(errors):.1f}"
-
-
-def compare(before: np.ndarray, after: np.ndarray) -> str:
-    """Judges a change by the runs before and after it; lower is better, NaN is a failed run.
-
-    Returns ``"helped"``, ``"hurt"`` or ``"no clear difference"``. Fewer failed runs help. Where
-    none failed, the means differ if they are further apart than two standard errors of their
-    difference; from a single seed nothing can be told.
-    """
-    old, new = int(np.isnan(before).sum()), int(np.isnan(after).sum())
-    if old or new:
-        return "helped" if new < old else "hurt" if new > old else "no clear difference"
-    change = after.mean() - before.mean()
-    if min(len(before), len(after)) == 1:
-        return "no clear difference"
-    error = math.hypot(std(before) / math.sqrt(len(before)), std(after) / math.sqrt(len(after)))
-    if abs(change) <= 2 * error + 1e-9:
-        return "no clear difference"
-    return "helped" if change < 0 else "hurt"
+    return mean_and_std(100 * errors, 1)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -213,12 +189,12 @@ def effects(
     pairs: dict[int, tuple[np.ndarray, np.ndarray]], show: Callable[[Any, Any], str]
 ) -> str:
     """For M -> (before, after): at which M it helped, hurt, or made no clear difference."""
-    found = {w: compare(*pair) for w, pair in pairs.items()}
+    found = {w: compare(*pair, standard_errors=2) for w, pair in pairs.items()}
     clauses = []
     for effect in ("helped", "hurt"):
         if at := [f"M={w} ({show(*pairs[w])})" for w, e in found.items() if e == effect]:
             clauses.append(f"{effect} at {', '.join(at)}")
-    if at := [str(w) for w, e in found.items() if e == "no clear difference"]:
+    if at := [str(w) for w, e in found.items() if e == "made no clear difference"]:
         every = "every M" if len(at) == len(found) else f"M={', '.join(at)}"
         clauses.append(f"no clear difference at {every}")
     return "; ".join(clauses)
@@ -313,9 +289,10 @@ def report(cells: list[Cell], about: str, good: float, target: float, out: Path)
             words(groups, good, target),
         ]
     parts.append(
-        "(Helped, hurt: by more than two standard errors of the difference of the means, or in the "
-        "number of failed seeds. With so few seeds about one comparison in ten is that far apart "
-        f"by chance. Failed, stuck: diverged, or over {100 * STUCK:g} % errors at the end.)"
+        "(Helped, hurt: by more than two standard errors of the difference of the means, or by a "
+        "difference of the numbers of failed seeds as great as three of five. About one comparison "
+        "in ten is that far apart by chance. Failed, stuck: diverged, or over "
+        f"{100 * STUCK:g} % errors at the end.)"
     )
     text = "\n\n".join(parts)
     (out / "tables.md").write_text(text + "\n")

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import count, fraction, make_folder, mean_and_std, nonnegative, number, positive
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -40,12 +41,10 @@ from train_flax import (
     TRAIN_IMAGES,
     Images,
     batches,
-    compare,
     count_failed,
     evaluate,
+    judge,
     load_data,
-    mean_and_std,
-    number,
     percent,
 )
 
@@ -135,9 +134,8 @@ def table(accuracies: Accuracies, learning_rates: list[float]) -> str:
     for i, learning_rate in enumerate(learning_rates):
         cells = []
         for runs in accuracies.values():
-            mean, std = mean_and_std(runs[i])
             failed = count_failed(runs[i])
-            cells.append(f"{100 * mean:.1f} ± {100 * std:.1f} %")
+            cells.append(f"{mean_and_std(100 * np.array(runs[i]), 1)} %")
             cells[-1] += f" ({failed} of {len(runs[i])} failed)" if failed else ""
         lines.append(f"| {learning_rate:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -148,7 +146,7 @@ def verdict(accuracies: Accuracies, learning_rates: list[float]) -> str:
     lines = []
     for i, learning_rate in enumerate(learning_rates):
         fresh, stale, compensated = (accuracies[method][i] for method in METHODS)
-        (damage, how_much), (effect, gain) = compare(fresh, stale), compare(stale, compensated)
+        (damage, how_much), (effect, gain) = judge(fresh, stale), judge(stale, compensated)
         lines.append(
             f"{learning_rate:g}: the update of delay {damage} ({how_much}); "
             f"compensation {effect} ({gain})."
@@ -183,32 +181,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "synchronous and with overlapped reductions of the gradients, and compares them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    count = number(int, "an integer of at least 1", lambda v: v >= 1)
     batch = number(
         int,
         f"a multiple of {DEVICES} from {DEVICES} to {TRAIN_IMAGES}",
         lambda v: 1 <= v <= TRAIN_IMAGES and v % DEVICES == 0,
     )
-    positive = number(float, "a number above 0", lambda v: v > 0)
-    strength = number(float, "a number of at least 0", lambda v: v >= 0)
-    fraction = number(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
     add = parser.add_argument
     rates = [0.005, 0.01, 0.02, 0.05, 0.1]
     add("--learning-rates", type=positive, nargs="+", default=rates, help="of SGD")
     add("--momentum", type=fraction, default=0.9, help="of SGD")
     add("--epochs", type=count, default=8, help="passes over the training images")
     add("--batch-size", type=batch, default=256, help="images an update, over all devices")
-    add("--lamda", type=strength, default=8.0, help="strength of the compensation")
+    add("--lamda", type=nonnegative, default=8.0, help="strength of the compensation")
     add("--decay", type=fraction, default=0.95, help="of its mean of squared gradients")
-    add("--clip", type=strength, default=1.0, help="its limit, as a multiple of the gradient")
+    add("--clip", type=nonnegative, default=1.0, help="its limit, as a multiple of the gradient")
     add("--seeds", type=count, default=3, help="runs of each kind, with seeds 0, 1, ...")
     out = Path("overlapped_data_parallel_out")
     add("--out", type=Path, default=out, help="folder for plot and numbers")
     args = parser.parse_args(argv)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: cannot write to {args.out}: {error.strerror}")
+    make_folder(parser, args.out)
     return args
 
 

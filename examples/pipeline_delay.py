@@ -34,10 +34,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import (
+    compare,
+    count,
+    fraction,
+    make_folder,
+    mean_and_std,
+    nonnegative,
+    number,
+    positive,
+)
 from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from train_flax import mean_and_std, number
 
 from optax_dcasgd import (
     add_delay_compensation,
@@ -215,25 +224,14 @@ def failed(loss: float) -> bool:
 def cell(losses: list[float]) -> str:
     """Mean ± standard deviation of the runs that did not fail, and how many did."""
     good = [loss for loss in losses if not failed(loss)]
-    mean, std = mean_and_std(good) if good else (math.nan, 0.0)
-    text = f"{mean:.2f} ± {std:.2f}" if good else "diverged"
+    text = mean_and_std(good, 2) if good else "diverged"
     return text if len(good) in (0, len(losses)) else f"{text} ({len(losses) - len(good)} diverged)"
 
 
-def compare(before: list[float], after: list[float]) -> str:
-    """``"helped"``, ``"hurt"`` or ``"made no clear difference"``, by final losses.
-
-    Fewer diverged runs help. Where none diverged, the means differ if they are further apart than
-    three standard errors of their difference.
-    """
-    old, new = sum(map(failed, before)), sum(map(failed, after))
-    if old or new:
-        return "helped" if new < old else "hurt" if new > old else "made no clear difference"
-    (old, old_std), (new, new_std) = mean_and_std(before), mean_and_std(after)
-    error = math.hypot(old_std, new_std) / math.sqrt(len(before))
-    if len(before) == 1 or abs(new - old) <= 3 * error:
-        return "made no clear difference"
-    return "helped" if new < old else "hurt"
+def judge(before: list[float], after: list[float]) -> str:
+    """As `common.compare`, by final losses; the means have to be three standard errors apart."""
+    losses = [[math.nan if failed(loss) else loss for loss in runs] for runs in (before, after)]
+    return compare(*losses, standard_errors=3)
 
 
 def report(curves: Curves, methods: list[str]) -> str:
@@ -252,8 +250,8 @@ def report(curves: Curves, methods: list[str]) -> str:
     lines.append("")
     for column in columns:
         stale = final[("stale", *column)]
-        damage = compare(final[("fresh", *column)], stale)
-        words = [f"{m} {compare(stale, final[(m, *column)])}" for m in methods[2:]]
+        damage = judge(final[("fresh", *column)], stale)
+        words = [f"{m} {judge(stale, final[(m, *column)])}" for m in methods[2:]]
         lines.append(f"{column[0]} {column[1]:g}: the delays {damage}; {'; '.join(words)}.")
     return "\n".join(lines)
 
@@ -293,13 +291,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "staleness, as the stages of a pipeline do, and compares what can be done about it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    count = number(int, "an integer of at least 1", lambda v: v >= 1)
     updates = number(
         int, f"a multiple of {EVALUATE_EVERY}", lambda v: v >= 1 and v % EVALUATE_EVERY == 0
     )
-    positive = number(float, "a number above 0", lambda v: v > 0)
-    strength = number(float, "a number of at least 0", lambda v: v >= 0)
-    fraction = number(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
     add = parser.add_argument
     add("--blocks", type=count, default=4, help="of the transformer")
     add("--stages", type=count, default=8, help="of the pipeline, at most two a block")
@@ -309,9 +303,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     beside = "to compare with fresh and stale"
     add("--methods", choices=METHODS[2:], nargs="+", default=METHODS[2:], help=beside)
     add("--updates", type=updates, default=300, help="of each run")
-    add("--lamda", type=strength, default=8.0, help="strength of the compensation")
+    add("--lamda", type=nonnegative, default=8.0, help="strength of the compensation")
     add("--decay", type=fraction, default=0.95, help="of its mean of squared gradients")
-    add("--clip", type=strength, default=1.0, help="its limit, as a multiple of the gradient")
+    add("--clip", type=nonnegative, default=1.0, help="its limit, as a multiple of the gradient")
     add("--velocity-decay", type=fraction, default=0.0, help="of the average update; 0: the last")
     add("--seeds", type=count, default=3, help="runs of each kind, with seeds 0, 1, ...")
     add("--out", type=Path, default=Path("pipeline_delay_out"), help="folder for plot and numbers")
@@ -323,10 +317,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         )
     if not args.sgd_rates + args.adam_rates:
         parser.error("argument --sgd-rates: with no learning rate at all there is nothing to run")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: cannot write to {args.out}: {error.strerror}")
+    make_folder(parser, args.out)
     return args
 
 

@@ -32,9 +32,10 @@ import jax
 import numpy as np
 import optax
 import psutil
+from common import count, fraction, make_folder, nonnegative, positive
 from flax import nnx
 from matplotlib.figure import Figure
-from train_flax import CNN, TRAIN_IMAGES, evaluate, load_data, number
+from train_flax import CNN, TRAIN_IMAGES, evaluate, load_data
 
 from optax_dcasgd import add_delay_compensation, parameter_server
 
@@ -180,17 +181,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description="Trains a small Flax classifier on MNIST images with asynchronous workers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    count = number(int, "an integer of at least 1", lambda v: v >= 1)
-    positive = number(float, "a number above 0", lambda v: v > 0)
-    least = number(float, "a number of at least 0", lambda v: v >= 0)
     add = parser.add_argument
     add("--workers", type=count, default=4, help="how many workers")
     add("--gradients", type=count, default=1500, help="gradients a run")
     add("--learning-rate", type=positive, default=0.2, help="of SGD")
-    add("--momentum", type=least, default=0.0, help="of SGD")
+    add("--momentum", type=fraction, default=0.0, help="of SGD")
     add("--batch-size", type=count, default=32, help="images a gradient")
-    add("--compute-time", type=least, default=0.02, help="seconds added to every gradient")
-    add("--slowdown", type=least, default=5.0, help="factor on them for one of the workers")
+    add("--compute-time", type=nonnegative, default=0.02, help="seconds added to every gradient")
+    add("--slowdown", type=nonnegative, default=5.0, help="factor on them for one of the workers")
     add("--seed", type=int, default=0, help="of the model and the batches")
     add("--kill-worker", action="store_true", help="kill a worker three times in each run")
     add("--kill-server", action="store_true", help="kill the server three times in each run")
@@ -201,7 +199,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--kill-worker and --kill-server need Ray to be started here: no --address")
     if args.gradients < 20 * args.workers:
         parser.error(f"argument --gradients: {args.workers} workers need {20 * args.workers}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(parser, args.out)
     return args
 
 

