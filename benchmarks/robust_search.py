@@ -22,6 +22,7 @@ With ``--out`` the figures go to a JSON file, beside those of other calls with t
 
 import argparse
 import builtins
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -37,6 +38,7 @@ import numpy as np
 import optax
 
 import optax_dcasgd as dc
+from optax_dcasgd import simulation
 
 EVERY = 25  # pushes between evaluations
 
@@ -325,55 +327,40 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
-def arrivals(seed: int, num_workers: int, pushes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whose push each update is, and its staleness."""
+def arrivals(seed: int, num_workers: int, pushes: int) -> simulation.Arrivals:
+    """Whoever pushes next is uniformly random."""
     workers = np.random.default_rng([seed, num_workers]).integers(num_workers, size=pushes)
     pulled, staleness = np.zeros(num_workers, int), np.zeros(pushes, np.int32)
     for t, worker in enumerate(workers):
         staleness[t] = t - pulled[worker]
         pulled[worker] = t + 1
-    return np.int32(workers), staleness
+    return simulation.Arrivals(np.int32(workers), staleness, np.arange(1.0, pushes + 1))
 
 
-def trainer(problem: Problem, method: Callable[[], Any], inner: str, num_backups: int) -> Callable:
-    """A compiled (parameters, workers, staleness, batches, learning rates) -> losses, metric."""
+def trainer(problem: Problem, method: Callable[[], Any], inner: str, num_workers: int) -> Callable:
+    """A compiled (parameters, arrivals, batches, learning rates) -> losses, metric."""
     train, test = (tuple(map(jnp.asarray, data)) for data in (problem.train, problem.test))
     sample = tuple(x[: problem.sample] for x in train)
 
-    def run(params: Any, workers: Any, staleness: Any, batches: Any, learning_rate: Any) -> Any:
-        tx = before(method(), INNER[inner](learning_rate))
+    def grad_fn(params: Any, batch: Any, key: Any) -> Any:
+        return jax.value_and_grad(problem.loss)(params, *batch)
 
-        def push(carry: Any, now: Any) -> Any:
-            params, pulled, state = carry
-            worker, tau, batch = now
-            stale = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, worker, keepdims=False), pulled
-            )
-            grads = jax.grad(problem.loss)(stale, train[0][batch], train[1][batch])
-            updates, state = tx.update(grads, state, params, stale_params=stale, staleness=tau)
-            params = optax.apply_updates(params, updates)
-            pulled = jax.tree.map(
-                lambda x, p: jax.lax.dynamic_update_index_in_dim(x, p, worker, 0), pulled, params
-            )
-            return (params, pulled, state), None
-
-        def stretch(carry: Any, now: Any) -> Any:
-            carry, _ = jax.lax.scan(push, carry, now)
-            return carry, problem.loss(carry[0], *sample)
-
-        pulled = jax.tree.map(lambda p: jnp.broadcast_to(p, (num_backups, *p.shape)), params)
-        xs = jax.tree.map(
-            lambda x: x.reshape(-1, EVERY, *x.shape[1:]), (workers, staleness, batches)
+    def run(params: Any, arrivals: Any, batches: Any, learning_rate: Any) -> Any:
+        result = simulation.run(
+            grad_fn,
+            params,
+            before(method(), INNER[inner](learning_rate)),
+            lambda t: (train[0][batches[t]], train[1][batches[t]]),
+            dataclasses.replace(arrivals, num_workers=num_workers),
+            evaluate=lambda params: problem.loss(params, *sample),
+            evaluate_every=EVERY,
         )
-        (params, *_), losses = jax.lax.scan(stretch, (params, pulled, tx.init(params)), xs)
-        finite = jnp.all(jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]))
-        return losses, jnp.where(finite, problem.metric(params, *test), jnp.nan)
+        leaves = jax.tree.leaves(result.params)
+        finite = jnp.all(jnp.array([jnp.isfinite(p).all() for p in leaves]))
+        metric = jnp.where(finite, problem.metric(result.params, *test), jnp.nan)
+        return result.history.evaluation, metric
 
-    def all_rates(params: Any, workers: Any, staleness: Any, batches: Any, rates: Any) -> Any:
-        one = functools.partial(run, params, workers, staleness, batches)
-        return jax.vmap(one)(rates)
-
-    return jax.jit(all_rates)
+    return jax.jit(jax.vmap(run, (None, None, None, 0)))
 
 
 def run_method(problem: Problem, name: str, inner: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -394,7 +381,7 @@ def run_method(problem: Problem, name: str, inner: str, args: argparse.Namespace
                 runs.append(
                     train(
                         problem.init(seed),
-                        *arrivals(seed, num_workers, pushes),
+                        arrivals(seed, num_workers, pushes),
                         batches,
                         jnp.asarray(rates, jnp.float32),
                     )
