@@ -80,7 +80,7 @@ def plot_error_over_time(groups: Groups, title: str, path: Path) -> None:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
-        axis.set_ylabel(f"test error, % (mean of {WINDOW} evaluations)")
+        axis.set_ylabel(f"test error, % (running mean of {WINDOW})")
     for axis in axes.flat[: len(workers)]:
         axis.set_xlabel("virtual seconds (one gradient: 1 s on average)")
     figure.suptitle(title, fontsize="medium")

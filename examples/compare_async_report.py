@@ -289,10 +289,10 @@ def report(cells: list[Cell], about: str, good: float, target: float, out: Path)
             words(groups, good, target),
         ]
     parts.append(
-        "(Helped, hurt: by more than two standard errors of the difference of the means, or by a "
-        "difference of the numbers of failed seeds as great as three of five. About one comparison "
-        "in ten is that far apart by chance. Failed, stuck: diverged, or over "
-        f"{100 * STUCK:g} % errors at the end.)"
+        "(Helped, hurt: by more than two standard errors of the difference of the means, or, where "
+        "seeds failed, by numbers of them that chance explains in at most one case of ten: of five "
+        "seeds three and none. About one comparison in ten is that far apart by chance. Failed, "
+        f"stuck: diverged, or over {100 * STUCK:g} % errors at the end.)"
     )
     text = "\n\n".join(parts)
     (out / "tables.md").write_text(text + "\n")

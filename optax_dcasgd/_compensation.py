@@ -117,7 +117,7 @@ def compensate(
     if nu is not None:
         unchanged |= grad == 0
         square = nu + eps  # zero where no gradient was ever other than zero, and ε is zero too
-        lamda = lamda * lax.rsqrt(jnp.where(square > 0, square, 1))
+        lamda = lamda * lax.rsqrt(jnp.where(square == 0, 1, square))
     scaled = lamda * delta
     relative = scaled * magnitude  # compensation / g, elementwise
     if clip is not None:

@@ -33,8 +33,8 @@ def pipeline_delays(params: Any, layers: Sequence[str | tuple[str, ...]], num_st
     Raises:
       ValueError: If ``num_stages`` is below 1 or above the number of layers; if a layer is not in
         ``params``; or if a parameter is in no layer, or in two.
-      TypeError: If ``num_stages`` is no integer, ``layers`` is one string, or a layer is empty, or
-        no string and no tuple of strings.
+      TypeError: If ``num_stages`` is no integer, ``layers`` is one string, or a layer is an empty
+        tuple, or no string and no tuple of strings.
 
     Examples:
       >>> from optax_dcasgd import pipeline_delays
@@ -47,8 +47,8 @@ def pipeline_delays(params: Any, layers: Sequence[str | tuple[str, ...]], num_st
       <https://arxiv.org/abs/1806.03377>`_, 2019: the staleness of its weight stashing.
     """
     _arguments.check_integer("num_stages", num_stages, minimum=1)
-    if isinstance(layers, str) or not all(layers):
-        raise TypeError(f"layers must be a list of paths, none of them empty; got {layers!r}.")
+    if isinstance(layers, str) or () in layers:
+        raise TypeError(f"layers must be a list of paths, with no empty tuple; got {layers!r}.")
     if num_stages > len(layers):
         raise ValueError(
             f"num_stages must be at most the number of layers, {len(layers)}; got {num_stages}."
@@ -219,11 +219,11 @@ def predict_params(params: optax.Params, state: Any, steps: Any) -> optax.Params
     velocity = found[0].velocity
     _trees.check_state(params, velocity)
 
-    def ahead(param: Any, s: Any, delta: Any) -> Any:
-        if (isinstance(s, int) and s == 0) or not jax.tree.leaves(delta):  # kept out by a mask
+    def ahead(delta: Any, param: Any, s: Any) -> Any:
+        if _trees.is_masked(delta) or (isinstance(s, int) and s == 0):
             return param
         dtype = _trees.compute_dtype(param, delta)
         predicted = jnp.asarray(param, dtype) + s * delta.astype(dtype)
         return predicted.astype(_trees.dtype_of(param))
 
-    return jax.tree.map(ahead, params, steps, velocity)
+    return jax.tree.map(ahead, velocity, params, steps, is_leaf=_trees.is_masked)

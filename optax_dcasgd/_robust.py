@@ -184,7 +184,9 @@ def _shrink(
     squared = _sum_units(grad.real**2 + grad.imag**2 if jnp.iscomplexobj(grad) else grad**2)
     nu = decay * nu + complement(hyperparams.decay, nu.dtype) * squared
     square = nu + eps
-    root = jnp.sqrt(jnp.where(square > 0, square, 1))  # of zero it has no derivative; not used then
+    root = jnp.sqrt(
+        jnp.where(square == 0, 1, square)
+    )  # of zero it has no derivative; not used then
     factor = jnp.ones_like(root)
     if delta is not None:
         along = _sum_units((grad.conj() * delta).real)

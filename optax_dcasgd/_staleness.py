@@ -205,7 +205,7 @@ def scale_by_gap(
             square = jnp.where(moved, nu.astype(real) / jnp.where(moved, weight.astype(real), 1), 1)
             typical_step = jnp.where(moved, jnp.sqrt(square), 0)
             # On the first update, and where w never moved, 0/0 would stand there if ε is 0.
-            has_gap = ~first & (distance > 0)
+            has_gap = ~first & (distance != 0)
             scale = typical_step + jnp.asarray(eps_now, real)
             gap = jnp.where(has_gap, 1 + distance / jnp.where(has_gap, scale, 1), 1)
             return ((jnp.asarray(grad, dtype) / gap).astype(_trees.dtype_of(param)),)

@@ -24,7 +24,7 @@ def is_none(x: Any) -> bool:
     return x is None
 
 
-def _is_masked(x: Any) -> bool:
+def is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
@@ -165,7 +165,7 @@ def check_state(params: Any, *trees: Any, stacked: bool = False, same_dtype: boo
     """
 
     def check(path: Any, kept: Any, param: Any) -> None:
-        if not _is_masked(kept):
+        if not is_masked(kept):
             name = f"params{jax.tree_util.keystr(path)}"
             _check_shape(name, param, jnp.shape(kept)[int(stacked) :], "in the optimizer state it")
             if same_dtype and dtype_of(param) != dtype_of(kept):
@@ -177,9 +177,9 @@ def check_state(params: Any, *trees: Any, stacked: bool = False, same_dtype: boo
     for tree in trees:
         if tree is not None:
             _check_structure(
-                "params", params, tree, "the optimizer state", lambda _, kept: _is_masked(kept)
+                "params", params, tree, "the optimizer state", lambda _, kept: is_masked(kept)
             )
-            jax.tree_util.tree_map_with_path(check, tree, params, is_leaf=_is_masked)
+            jax.tree_util.tree_map_with_path(check, tree, params, is_leaf=is_masked)
 
 
 def align(name: str, tree: Any, params: Any) -> Any:
@@ -192,16 +192,16 @@ def align(name: str, tree: Any, params: Any) -> Any:
       ValueError: Names the leaf whose structure or shape differs.
       TypeError: Names the complex leaf where the parameter is real.
     """
-    _check_structure(name, tree, params, skip=lambda _, param: _is_masked(param))
+    _check_structure(name, tree, params, skip=lambda _, param: is_masked(param))
 
     def leaf(path: Any, param: Any, value: Any) -> Any:
-        if _is_masked(param):
+        if is_masked(param):
             return param
         _check_shape(name + jax.tree_util.keystr(path), value, jnp.shape(param), "the parameter")
         _check_real(name + jax.tree_util.keystr(path), value, param)
         return value
 
-    return jax.tree_util.tree_map_with_path(leaf, params, tree, is_leaf=_is_masked)
+    return jax.tree_util.tree_map_with_path(leaf, params, tree, is_leaf=is_masked)
 
 
 def broadcast_prefix(name: str, prefix: Any, tree: Any) -> Any:

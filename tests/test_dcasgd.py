@@ -227,3 +227,24 @@ def test_complex_gradients_are_squared_by_their_modulus():
     np.testing.assert_allclose(
         tx.update(g, tx.init(w), w, stale_params=stale)[0], formula, 1e-5, 1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax_dcasgd.add_delay_compensation(2.0, decay=0.9, store=None),
+        optax_dcasgd.robust(store=None),
+        optax_dcasgd.scale_by_gap(),
+    ],
+    ids=["add_delay_compensation", "robust", "scale_by_gap"],
+)
+def test_what_is_not_a_number_stays_to_be_seen(tx):
+    """A NaN in ν, or in w_s, is not taken for the zero that is allowed there."""
+    params, fine = jnp.ones(2), jnp.array([0.1, 0.1])
+    given = {"stale_params": params - 0.1, "staleness": 2}
+    _, state = tx.update(fine, tx.init(params), params, **given)
+    _, with_nan = tx.update(fine.at[0].set(jnp.nan), state, params, **given)
+    if isinstance(state, optax_dcasgd.ScaleByGapState):  # its ν is of the parameters
+        given["stale_params"], with_nan = given["stale_params"].at[0].set(jnp.nan), state
+    updates, _ = tx.update(fine, with_nan, params + 0.1, **given)
+    np.testing.assert_array_equal(np.isnan(updates), [True, False])

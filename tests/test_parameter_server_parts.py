@@ -4,6 +4,7 @@ import itertools
 import random
 import subprocess
 import sys
+import types
 from typing import ClassVar
 
 import jax
@@ -474,3 +475,18 @@ def test_one_number_that_is_not_finite_is_found(bad, where):
     header, reason = one.gradient(task, packed)
     assert not _worker.RESULT.unpack(header)[0]
     assert reason == b"grads['w'] is not finite (batch 0)"
+
+
+@pytest.mark.parametrize(
+    ("index", "present", "chosen"),
+    [
+        (0, {0, 1}, 7),  # it was too slow with batch 5
+        (1, {0, 1}, 5),
+        (0, {0}, 5),  # nobody else is there, though others may be waited for
+    ],
+)
+def test_a_dropped_batch_is_for_another_worker_if_there_is_one(index, present, chosen):
+    server = types.SimpleNamespace(_again={5: 0}, _present=present, _next_batch=7)
+    assert _server.Server._choose_batch(server, index) == chosen
+    assert server._again == ({5: 0} if chosen == 7 else {})
+    assert server._next_batch == (8 if chosen == 7 else 7)

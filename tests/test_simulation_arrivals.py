@@ -250,3 +250,13 @@ def test_wrong_compute_times():
     for illegal in (-1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="compute_time must return finite numbers, none below"):
             simulation.arrivals(KEY, 2, 5, compute_time=lambda key, x=illegal: x)
+    first = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(KEY, 1), 0))
+    for illegal in (-1.0, np.nan):  # of a worker that is not seen otherwise
+        with pytest.raises(ValueError, match="compute_time must return finite numbers, none below"):
+            simulation.arrivals(
+                *(KEY, 2, 5),
+                compute_time=lambda key, x=illegal: jnp.where(
+                    jnp.all(jax.random.key_data(key) == first), x, 1.0
+                ),
+                start={1: 3.0},
+            )

@@ -145,7 +145,7 @@ def collect(
     recorder = _record(at, decay)
     result = simulation.run(grad_fn, params, optax.chain(recorder, tx), batches, arrivals, key=key)
     seen: Pairs = result.state[0].pairs
-    batch = at if arrivals.batch is None else np.asarray(arrivals.batch)[at].astype(np.int32)
+    batch = at if arrivals.batch is None else jnp.asarray(arrivals.batch, jnp.int32)[at]
     grads = _gradients(grad_fn, seen.params, batches, key, batch)
     return seen._replace(grads=grads)
 

@@ -205,7 +205,7 @@ class Server:
         """The next for this worker: one that has to be computed again goes before a new one."""
         for batch, too_slow in self._again.items():
             # A slow worker would be too late with it once more, and keep it from all the others.
-            if too_slow != index or len(self._workers) == 1:
+            if too_slow != index or len(self._present) == 1:
                 del self._again[batch]
                 return batch
         self._next_batch += 1

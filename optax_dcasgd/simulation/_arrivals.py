@@ -206,7 +206,7 @@ def arrivals(
       num_workers: M.
       num_updates: How many pushes to simulate.
       compute_time: `deterministic`, `exponential` (the default, with a mean of one second),
-        `lognormal`; any function of a random key that returns seconds (above zero); or a number,
+        `lognormal`; any function of a random key that returns seconds (at least zero); or a number,
         for ``deterministic(number)``.
       slowdown: What to multiply a worker's compute times by: M numbers above zero, or a mapping
         from some workers' indices to theirs. By default 1.
@@ -222,8 +222,8 @@ def arrivals(
     Raises:
       TypeError: If an argument has no legal type.
       ValueError: If an argument is out of range, or names a worker there is not; if
-        ``compute_time`` returns no scalar, or (outside of ``jax.jit``) times below zero or no
-        numbers.
+        ``compute_time`` returns no scalar, or (outside of ``jax.jit`` and ``jax.vmap``) times
+        below zero or no numbers.
 
     Examples:
       Worker 2 needs three times as long, worker 1 stops after 3.5 seconds:
@@ -282,7 +282,8 @@ def arrivals(
 
         _, barrier = lax.scan(synchronize, jnp.zeros((), float), durations[:num_rounds])
         # Summed here, pairwise: a running sum of small steps would lose them in a long run.
-        time, is_legal = jnp.cumsum(elapsed), jnp.all((elapsed >= 0) & (elapsed < jnp.inf))
+        time = jnp.cumsum(elapsed)
+        is_legal = jnp.all((elapsed >= 0) & (elapsed < jnp.inf)) & jnp.all(durations >= 0)
         return is_legal, worker, staleness, time, barrier
 
     is_legal, worker, staleness, time, barrier = jax.jit(simulate)(key, slowdown, start, stop)

@@ -66,7 +66,7 @@ def run(
     "sequential"     One push, never stale: one machine computes the same gradients one after
                      another, and needs the sum of their times. (How long a gradient took is
                      counted from when the version it was computed at was made, which for the first
-                     one of a worker that joins later is before he came.)
+                     one of a worker that joins later is before it joined.)
     ===============  =========================================================================
 
     Args:
@@ -333,7 +333,7 @@ def row(tree: Any, index: Any) -> Any:
 
 
 def batch_at(batches: Any, data: Any, index: Any) -> Any:
-    """Batch ``index``: what the function returns, or of the arrays, that stand for ever more."""
+    """Batch ``index``: what the function returns, or a row of the arrays, over and over again."""
     if callable(batches):
         return batches(index)
     return jax.tree.map(lambda x: row(x, index % x.shape[0]), data)
