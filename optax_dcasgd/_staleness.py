@@ -82,7 +82,7 @@ class ScaleByGapState(NamedTuple):
     """State of `scale_by_gap`."""
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32: updates so far
-    last_params: Any  # like params: the parameters of the previous update
+    prev_params: Any  # like params: the parameters of the previous update
     nu: Any  # like params, real, at least float32: decaying sum of the squared steps taken
     weight: jax.Array  # shape=(), float: the sum of their weights, 1 in the end
     backups: Any = None  # with num_workers=M, like params with one more axis in front
@@ -109,7 +109,8 @@ def scale_by_gap(
     unchanged: no step is known yet.
 
     Args:
-      decay: :math:`\rho` in [0, 1), a float or a schedule.
+      decay: :math:`\rho` in [0, 1), a float or a schedule. (``optax.inject_hyperparams`` needs
+        ``hyperparam_dtype=jnp.float32`` for bfloat16 parameters: 0.999 is 1 in bfloat16.)
       eps: :math:`\varepsilon \ge 0`, a float or a schedule.
       num_workers: The number of workers M, or None.
       accumulator_dtype: The dtype of :math:`\nu`; by default float32 or that of the parameter,
@@ -150,7 +151,7 @@ def scale_by_gap(
         )
         return ScaleByGapState(
             count=jnp.zeros((), jnp.int32),
-            last_params=_trees.copy(params),
+            prev_params=_trees.copy(params),
             nu=_trees.init_accumulator(params, accumulator_dtype, real=True),
             weight=jnp.zeros((), float),
             backups=backups,
@@ -168,8 +169,8 @@ def scale_by_gap(
     ) -> tuple[optax.Updates, ScaleByGapState]:
         del extra_args
         _trees.check_updates(updates, params)
-        last = _stale_params.Memory(state.count, state.last_params)
-        step_from, last_params, _ = _stale_params.look_up(
+        last = _stale_params.Memory(state.count, state.prev_params)
+        step_from, prev_params, _ = _stale_params.look_up(
             params, last, num_workers=None, stale_params=None, worker=None
         )
         if stale_params is None and num_workers is None:
@@ -213,7 +214,7 @@ def scale_by_gap(
         (updates,) = _trees.map_leaves(leaf, 1, updates, params, stale, nu)
         return updates, ScaleByGapState(
             count=optax.safe_increment(state.count),
-            last_params=last_params,
+            prev_params=prev_params,
             nu=nu,
             weight=weight,
             backups=backups,

@@ -137,7 +137,7 @@ def test_fast_workers_wait(max_staleness, tmp_path):
     assert_replays(result)
 
 
-def test_stale_gradients_are_dropped_and_their_batches_kept(tmp_path):
+def test_stale_gradients_are_dropped_and_their_batches_kept(tmp_path, caplog):
     slow = cases.Batches(0.002, str(tmp_path / "slow"))
     result = train(600, batches=slow, max_staleness=3, on_stale="drop")
     assert result.history.staleness.max() <= 3
@@ -147,6 +147,8 @@ def test_stale_gradients_are_dropped_and_their_batches_kept(tmp_path):
         batch = event.message.rpartition("batch ")[2]
         assert last.get(batch) != event.worker  # it would be as late with it again
         last[batch] = event.worker
+    assert "1 by now" in caplog.text  # and then after twice as many
+    assert caplog.text.count("dropped") < kinds(result)["dropped"]
     assert_each_batch_once(result)
     assert_replays(result)
 

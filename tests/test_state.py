@@ -31,7 +31,7 @@ import optax_dcasgd as dc
 
 # --- What a user may read in the state ---
 
-OLD_PARAMETERS = {"prev_params", "last_params", "backups", "params", "master"}
+OLD_PARAMETERS = {"prev_params", "backups", "params", "master"}
 
 
 @each_mode

@@ -229,7 +229,7 @@ PARAM_LIKE = {
     "delay_gradients": ("grads", "params", "momentum"),
     "delay_gradients-tree": ("grads", "params", "momentum"),
     "with_master_weights": ("master", "prev_params", "momentum"),
-    "scale_by_gap": ("last_params", "nu", "backups"),
+    "scale_by_gap": ("prev_params", "nu", "backups"),
     "scale_by_staleness": (),
 }
 

@@ -1,5 +1,6 @@
 """The driver, which runs where `train` is called: it starts the actors and watches over them."""
 
+import collections
 import contextlib
 import logging
 import math
@@ -54,6 +55,7 @@ class Driver:
     ):
         self._options, self._params = options, params
         self._events: list[Event] = []
+        self._num_dropped: collections.Counter[int | None] = collections.Counter()  # by worker
         self._workers: dict[int, Any] = {}
         self._version = 0
         self._wished = options.num_workers
@@ -184,6 +186,12 @@ class Driver:
     def _event(self, event: Event) -> None:
         self._events.append(event)
         who = "" if event.worker is None else f" (worker {event.worker})"
+        if event.kind == "dropped":  # a slow worker may have all its gradients dropped
+            self._num_dropped[event.worker] += 1
+            num = self._num_dropped[event.worker]
+            if num & (num - 1):  # not 1, 2, 4, 8, ...
+                return
+            who += f", {num} by now"
         _log.warning("%s%s: %s", event.kind, who, event.message)
 
     def _save(self) -> int | None:
