@@ -407,7 +407,7 @@ def test_who_is_missing_is_said_while_nothing_happens(monkeypatch):
     event, *_ = server.advance(0.2).events
     assert event.kind == "waiting"
     assert "not started: [0]; that are computing: none" in event.message
-    server._calls._listener.close()
+    server.close()
     server._calls._selector.close()
 
 

@@ -16,6 +16,7 @@ from optax_dcasgd.parameter_server._link import Listener
 from optax_dcasgd.parameter_server._transport import Packed
 
 _ASK_AGAIN = 0.05  # seconds, where there is nothing to wait for
+_CLOSE_TIMEOUT = 1.0  # seconds, for gradients that are being computed
 _MAX_MESSAGE = 1 << 24  # bytes, from a worker: a small gradient, or the text of an error
 # A worker that ends so is not started again.
 _NEVER_AGAIN = (ray.exceptions.ActorDiedError, ray.exceptions.RuntimeEnvSetupError)
@@ -61,6 +62,9 @@ class Calls(Protocol):
 
     def wait(self, seconds: float) -> list[tuple[int, News]]:
         """What has come, in that order; waits for it if need be, but not for longer."""
+
+    def close(self) -> None:
+        """Ends what can be ended, before the workers are killed; nothing is called after this."""
 
 
 class StreamCalls:
@@ -125,6 +129,15 @@ class StreamCalls:
             news.append((index, Ready()))
         return news
 
+    def close(self) -> None:
+        self._listener.close()
+        for index in list(self._connections):
+            self._disconnect(index)
+        # Ray says of a call that may be made again, and whose worker is killed, that it failed.
+        calls = list(self._calls.values())
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=_CLOSE_TIMEOUT)
+
     def _ask_ray(self) -> list[tuple[int, News]]:
         """What has become of the calls that are over."""
         news: list[tuple[int, News]] = []
@@ -179,6 +192,9 @@ class RayCalls:
         if done and rest:
             done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         return [self._news(ref) for ref in done]
+
+    def close(self) -> None:
+        pass  # Ray does not make the calls of `send` again
 
     def _news(self, ref: ray.ObjectRef[Any]) -> tuple[int, News]:
         index = self._calls.pop(ref)

@@ -98,6 +98,8 @@ class Driver:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # it may be what has failed
+            ray.get(self._server.close.remote(), timeout=_KILL_TIMEOUT)
         ray.kill(self._server)
         # Until it is gone, or the workers' ends would be faults to report to it, and to the user.
         with contextlib.suppress(ray.exceptions.RayError):

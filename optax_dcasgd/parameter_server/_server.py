@@ -176,6 +176,10 @@ class Server:
         state = self._update.state_to_host()
         return self._update.params_to_host(), state, rows, self._events
 
+    def close(self) -> None:
+        """Has the workers finish; the last call before the end."""
+        self._calls.close()
+
     # Pull.
 
     def _send_out(self) -> None:
