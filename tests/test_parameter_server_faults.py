@@ -336,7 +336,8 @@ def test_a_full_disk_does_not_end_training(tmp_path):
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {tests!r})
 import parameter_server_cases as cases
 from ray import cloudpickle
