@@ -67,19 +67,14 @@ def compare(
     means differ if they are further apart than so many standard errors of their difference; from a
     single run nothing can be told.
     """
-    none, sizes = "made no clear difference", (len(before), len(after))
-    failures = [int(np.isnan(runs).sum()) for runs in (before, after)]
-    if any(failures):
-        failed, good = failures, [n - k for n, k in zip(sizes, failures, strict=True)]
-        more_before = failures[0] * sizes[1] > failures[1] * sizes[0]
-        way = "greater" if more_before else "less"
-        if (
-            stats.fisher_exact([[failed[0], good[0]], [failed[1], good[1]]], alternative=way).pvalue
-            > 0.1
-        ):
-            return none
-        return "helped" if more_before else "hurt"
-    if min(sizes) == 1:
+    none = "made no clear difference"
+    failed = [[int(np.isnan(runs).sum()), int(np.isfinite(runs).sum())] for runs in (before, after)]
+    if failed[0][0] or failed[1][0]:
+        for effect, way in (("helped", "greater"), ("hurt", "less")):
+            if stats.fisher_exact(failed, alternative=way).pvalue <= 0.1:
+                return effect
+        return none
+    if min(len(before), len(after)) == 1:
         return none
     change = float(np.mean(after) - np.mean(before))
     error = math.hypot(*(std(runs) / math.sqrt(len(runs)) for runs in (before, after)))

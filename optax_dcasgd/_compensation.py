@@ -184,7 +184,7 @@ def add_delay_compensation(
        are exactly one update old (MXNet's rule).
 
     On the first call :math:`w_s = w`. Where λ is zero, or :math:`w = w_s`, the gradient passes
-    bit for bit (one that has not the dtype of its parameter is rounded to it).
+    bit for bit (but for its dtype: it is rounded to that of its parameter).
 
     What is remembered is what ``update`` was called with. If a wrapper such as
     ``optax.apply_if_finite`` keeps a call from reaching it, :math:`w_s` is older than it should be

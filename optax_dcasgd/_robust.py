@@ -184,9 +184,8 @@ def _shrink(
     squared = _sum_units(grad.real**2 + grad.imag**2 if jnp.iscomplexobj(grad) else grad**2)
     nu = decay * nu + complement(hyperparams.decay, nu.dtype) * squared
     square = nu + eps
-    root = jnp.sqrt(
-        jnp.where(square == 0, 1, square)
-    )  # of zero it has no derivative; not used then
+    # Of zero it has no derivative. Where it is zero, so is the gradient, and the root is not used.
+    root = jnp.sqrt(jnp.where(square == 0, 1, square))
     factor = jnp.ones_like(root)
     if delta is not None:
         along = _sum_units((grad.conj() * delta).real)

@@ -60,8 +60,8 @@ def DCASGD(  # noqa: N802 (MXNet's name)
     Args:
       learning_rate: lr. None for that of ``lr_scheduler``, or 0.01 without one. MXNet overwrites
         ``lr_scheduler.base_lr`` with it; here a scheduler with another ``base_lr`` is refused.
-        (MXNet 1.x has no default of its own for DCASGD and trains with 0.01.)
-        Or, which MXNet has not, a schedule of Optax's, instead of ``lr_scheduler``.
+        (MXNet 1.x has no default of its own for DCASGD and trains with 0.01.) A schedule of
+        Optax's, which MXNet has not, does instead of ``lr_scheduler``.
       momentum: In [0, 1); or a schedule.
       lamda: :math:`\lambda \ge 0`; or a schedule.
       use_fused_step: Must be False: MXNet has no fused step for DCASGD. See `fused_dcasgd`.

@@ -216,6 +216,16 @@ def test_fresh_gradients_of_a_real_run_are_right():
         )
         np.testing.assert_array_equal(pairs.grads, pairs.stale_grads)
 
+    @jax.jit
+    def of_traced(batch):
+        traced = dataclasses.replace(arrivals, batch=batch)
+        return diagnostics.collect(
+            grad_fn, jnp.zeros(()), optax.sgd(0.1), jnp.arange(24.0), traced, num_pairs=8
+        )
+
+    pairs = of_traced(arrivals.batch)
+    np.testing.assert_allclose(pairs.grads, pairs.stale_grads, rtol=1e-6)
+
 
 @pytest.mark.usefixtures("x64")
 def test_pairs_of_a_trajectory_of_ones_own():

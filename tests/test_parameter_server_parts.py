@@ -408,7 +408,6 @@ def test_who_is_missing_is_said_while_nothing_happens(monkeypatch):
     assert event.kind == "waiting"
     assert "not started: [0]; that are computing: none" in event.message
     server.close()
-    server._calls._selector.close()
 
 
 def test_a_worker_survives_what_batches_raise():

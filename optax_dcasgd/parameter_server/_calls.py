@@ -133,6 +133,7 @@ class StreamCalls:
         self._listener.close()
         for index in list(self._connections):
             self._disconnect(index)
+        self._selector.close()
         # Ray says of a call that may be made again, and whose worker is killed, that it failed.
         calls = list(self._calls.values())
         if calls:

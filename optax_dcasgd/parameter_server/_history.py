@@ -73,7 +73,7 @@ class Result(NamedTuple):
     state: Any  # of the optimizer
     history: History
     arrivals: Arrivals | None  # for ``simulation.run``; None for mode="sync"
-    events: tuple[Event, ...]  # in this call of `train`; also logged, of those dropped ever fewer
+    events: tuple[Event, ...]  # in this call of `train`; also logged, but for most of the dropped
 
     def stragglers(self, ratio: float = 2.0) -> list[Straggler]:
         """The workers whose median time for a gradient is ``ratio`` times the others' or more.
