@@ -10,8 +10,8 @@ from jax import lax
 
 from optax_dcasgd import _arguments, _trees, simulation
 from optax_dcasgd._compensation import add_delay_compensation
-from optax_dcasgd.simulation import Arrivals, _arrivals
-from optax_dcasgd.simulation._run import GradFn, batch_at, check_batches, check_grad_fn, row
+from optax_dcasgd._gradients import GradFn, batch_at, check_batches, check_grad_fn, row
+from optax_dcasgd.simulation import Arrivals
 
 
 class Pairs(NamedTuple):
@@ -139,7 +139,6 @@ def collect(
     _arguments.check_transformation("tx", tx)
     _arguments.check_integer("num_pairs", num_pairs, minimum=1)
     _arguments.check_scalar("decay", decay, minimum=0.0, below=1.0, schedule=False)
-    _arrivals.check(arrivals)
     key = jax.random.key(0) if key is None else key
     at = recorded_at(arrivals, num_pairs)
     recorder = _record(at, decay)
@@ -152,7 +151,9 @@ def collect(
 
 def recorded_at(arrivals: Arrivals, num_pairs: int) -> np.ndarray:
     """The updates whose pairs `collect` keeps, evenly spaced, shape (num_pairs,)."""
-    num_updates = int(jnp.shape(arrivals.worker)[0])
+    if not isinstance(arrivals, Arrivals):
+        raise TypeError(f"arrivals must be a simulation.Arrivals; got {arrivals!r}.")
+    num_updates = int(np.size(arrivals.worker))
     if num_updates < num_pairs:
         raise ValueError(f"num_pairs={num_pairs} is more than the {num_updates} updates there are.")
     return (np.arange(1, num_pairs + 1) * num_updates // num_pairs - 1).astype(np.int32)

@@ -8,10 +8,10 @@ import numpy as np
 import optax
 
 from optax_dcasgd import _arguments
+from optax_dcasgd._gradients import GradFn
 from optax_dcasgd.diagnostics._fit import DEFAULT_EPS, Quality, fit, quality
 from optax_dcasgd.diagnostics._pairs import collect, recorded_at
 from optax_dcasgd.simulation import Arrivals
-from optax_dcasgd.simulation._run import GradFn
 
 # The verdict's thresholds: a relative error of stale gradients that does no harm, and a share of
 # the squared error that is worth the trouble of removing.

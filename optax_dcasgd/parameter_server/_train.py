@@ -12,10 +12,10 @@ import numpy as np
 import optax
 
 from optax_dcasgd import _arguments, _trees
+from optax_dcasgd._gradients import check_batches, check_returned
 from optax_dcasgd.parameter_server import _checkpoint
 from optax_dcasgd.parameter_server._history import Result
 from optax_dcasgd.parameter_server._transport import Layout
-from optax_dcasgd.simulation._run import check_batches, check_returned
 
 _EMBEDDED = {
     "address": "local",

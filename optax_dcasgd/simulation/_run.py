@@ -12,11 +12,10 @@ from jax import lax
 from jax.extend.core import get_opaque_trace_state
 
 from optax_dcasgd import _arguments, _trees
+from optax_dcasgd._gradients import GradFn, batch_at, check_batches, check_grad_fn, row
 from optax_dcasgd.simulation import _arrivals, _versions
 from optax_dcasgd.simulation._arrivals import Arrivals
 from optax_dcasgd.simulation._progress import Bar
-
-GradFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
 
 
 class History(NamedTuple):
@@ -325,54 +324,3 @@ def _num_finite(loss: jax.Array, params: Any) -> jax.Array:
     params_finite = jnp.array([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
     at_the_end = loss.shape[0] - 1 + params_finite.astype(jnp.int32)
     return jnp.where(finite.all(), at_the_end, jnp.argmin(finite)).astype(jnp.int32)
-
-
-def row(tree: Any, index: Any) -> Any:
-    """One entry of every leaf's leading axis."""
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), tree)
-
-
-def batch_at(batches: Any, data: Any, index: Any) -> Any:
-    """Batch ``index``: what the function returns, or a row of the arrays, over and over again."""
-    if callable(batches):
-        return batches(index)
-    return jax.tree.map(lambda x: row(x, index % x.shape[0]), data)
-
-
-def check_batches(batches: Any, num_batches: int | None) -> None:
-    """Checks the leading axes, of batches that are no function; None is for any one size."""
-    if callable(batches):
-        return
-    for path, leaf in jax.tree_util.tree_flatten_with_path(batches)[0]:
-        shape = jnp.shape(leaf)
-        if num_batches is None and shape[:1] > (0,):
-            num_batches = shape[0]
-        if num_batches is None or shape[:1] != (num_batches,):
-            size = "at least 1" if num_batches is None else f"size {num_batches}"
-            raise ValueError(
-                f"batches{jax.tree_util.keystr(path)} has shape {shape}, but needs a leading axis "
-                f"of {size}, one entry a push (or pass a function from t to batch t)."
-            )
-
-
-def check_grad_fn(grad_fn: GradFn, params: Any, batches: Any, key: Any) -> None:
-    """Calls it on shapes alone, for errors that say more than those out of a scan."""
-
-    def first(params: Any, data: Any, key: Any) -> Any:
-        batch = batches(jnp.zeros((), jnp.int32)) if callable(batches) else row(data, 0)
-        return grad_fn(params, batch, key)
-
-    returned = jax.eval_shape(first, params, None if callable(batches) else batches, key)
-    check_returned(returned, params)
-
-
-def check_returned(returned: Any, params: Any) -> None:
-    """Checks what ``grad_fn`` returns, or its shapes."""
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        raise TypeError(
-            f"grad_fn must return (loss, grads), as jax.value_and_grad does; got {returned!r}."
-        )
-    loss, grads = returned
-    if getattr(loss, "shape", None) != ():
-        raise TypeError(f"grad_fn must return a scalar loss (no auxiliary output); got {loss!r}.")
-    _trees.align("grads", grads, params)
