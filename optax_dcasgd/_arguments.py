@@ -67,8 +67,8 @@ def check_scalar(
         raise ValueError(f"{name} must be {' and '.join(['finite', *bounds])}; got {value!r}.")
 
 
-def check_integer(name: str, value: Any, *, minimum: int) -> None:
-    """Checks a count that shapes the state, so that it has to be a Python integer.
+def check_integer(name: str, value: Any, *, minimum: float = -math.inf) -> None:
+    """Checks a number that shapes the state, so that it has to be a Python integer.
 
     Args:
       name: The argument's name, for the message.

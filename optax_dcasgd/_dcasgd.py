@@ -1,6 +1,5 @@
 """`dcasgd`, MXNet's optimizer as one Optax transformation, and `fused_dcasgd`, which applies it."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,19 +7,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _arguments, _stale_params, _trees, kernels
+from optax_dcasgd import _arguments, _trees, kernels
 from optax_dcasgd._arguments import ScalarOrSchedule
-from optax_dcasgd._compensation import at_count, check_lambda
+from optax_dcasgd._hyperparameters import Hyperparameters, at_count
+from optax_dcasgd.kernels import Operands, Results
+from optax_dcasgd.rules._compensation import check_compensation
 
 
 class DCASGDState(NamedTuple):
     """State of `dcasgd` and `fused_dcasgd`; fields that the mode does not need are ``None``."""
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32: updates so far
-    prev_params: Any  # like params, in their dtypes; with num_workers=M one more axis in front
     momentum: Any  # like params, at least float32; with store="updates" it is the last update
     nu: Any  # like params, real, at least float32
-    last_worker: jax.Array | None = None  # shape=(), dtype=int32; M for none
+    prev_params: Any  # like params, in their dtypes: the parameters of the previous update
 
 
 class FusedOptimizer(NamedTuple):
@@ -43,7 +43,6 @@ def dcasgd(
     decay: ScalarOrSchedule | None = None,
     eps: ScalarOrSchedule = 1e-7,
     clip: ScalarOrSchedule | None = None,
-    num_workers: int | None = None,
     store: str | None = "params",
     accumulator_dtype: Any = None,
     implementation: str | None = None,
@@ -55,9 +54,11 @@ def dcasgd(
       m_{t+1} &= \mu\, m_t - \eta_t\, \tilde g \\
       w_{t+1} &= w_t + m_{t+1}
 
-    with :math:`\lambda_t` and :math:`w_s` as in `add_delay_compensation`. The learning rate stands
-    *inside* the momentum, as in MXNet: a schedule changes what is added from now on, where
-    ``optax.sgd`` rescales the whole buffer. For a constant learning rate the two agree.
+    with :math:`\lambda_t` as in `add_delay_compensation`. :math:`w_s` is ``stale_params`` where
+    ``update`` is passed it, else the parameters of the previous call, and :math:`w` on the first.
+    The learning rate stands *inside* the momentum, as in MXNet: a schedule changes what is added
+    from now on, where ``optax.sgd`` rescales the whole buffer. For a constant learning rate the two
+    agree.
 
     Args:
       learning_rate: :math:`\eta`, a float or a schedule.
@@ -66,10 +67,9 @@ def dcasgd(
       decay: :math:`m` in [0, 1) of DC-ASGD-a, a schedule, or None for DC-ASGD-c (MXNet's).
       eps: :math:`\varepsilon` of DC-ASGD-a, inside the square root; a float or a schedule.
       clip: None, or the largest :math:`|\tilde g - g| / |g|` of a component; a float or a schedule.
-      num_workers: The number of workers M, for ``update(..., worker=i)``, or None.
       store: What the state remembers to know :math:`w - w_s`.
 
-        * ``"params"``: parameters, as `add_delay_compensation` does. 2 buffers with momentum.
+        * ``"params"``: the parameters of the previous call, MXNet's rule. 2 buffers with momentum.
         * ``"updates"``: the last update alone, since :math:`w - w_{prev}` *is* the last update.
           With momentum that is the momentum buffer itself, so the state is as large as that of
           ``optax.sgd(momentum)``, and a step moves as many bytes. This holds if each update is
@@ -79,7 +79,8 @@ def dcasgd(
           never: after a ``None`` the momentum is not the last update. In bfloat16 or float16 the
           addition rounds, and :math:`w - w_{prev}` with it, so prefer ``"params"`` there, or
           `with_master_weights` around it.
-        * None: nothing; every ``update`` needs ``stale_params``.
+        * None: nothing; ``stale_params`` comes from a source or the caller. Algorithm 2, one
+          backup a worker, is ``remember_params(dcasgd(..., store=None), num_workers=M)``.
       accumulator_dtype: The dtype of the momentum and of ν; by default float32 or that of the
         parameter, whichever is wider.
       implementation: ``"xla"``; ``"pallas"`` for one kernel a parameter, on TPUs and on NVIDIA GPUs
@@ -90,13 +91,14 @@ def dcasgd(
         be called inside ``jax.shard_map`` over all of them (on GPUs with ``check_vma=False``).
         Under ``jax.vmap`` over states it runs once a member, one after another.
 
-    All but ``num_workers``, ``store``, ``accumulator_dtype`` and ``implementation`` can be injected
-    by ``optax.inject_hyperparams``; there, an integer ``num_workers`` and a dtype class have to be
-    listed, as in ``static_args=("num_workers", "accumulator_dtype")``.
+    All but ``store``, ``accumulator_dtype`` and ``implementation`` can be injected by
+    ``optax.inject_hyperparams``; there, a dtype class has to be listed, as in
+    ``static_args=("accumulator_dtype",)``.
 
     Returns:
       A transformation with state `DCASGDState`, whose updates have the dtype of their parameter.
-      ``update`` takes ``stale_params`` and ``worker`` as `add_delay_compensation` does.
+      ``update`` takes ``stale_params``, a tree like the parameters. ``worker`` without it is an
+      error, as one copy is remembered and not one a worker.
 
     Raises:
       ValueError: If an argument is out of range; in ``update``, as `add_delay_compensation`.
@@ -123,8 +125,7 @@ def dcasgd(
       <https://arxiv.org/abs/1609.08326>`_, 2017.
     """
     init_fn, advance = _make(
-        kernels.Hyperparameters(learning_rate, momentum, lamda, decay, eps, clip),
-        num_workers,
+        _named(learning_rate, momentum, lamda, decay, eps, clip),
         store,
         accumulator_dtype,
         implementation,
@@ -149,7 +150,6 @@ def fused_dcasgd(
     decay: ScalarOrSchedule | None = None,
     eps: ScalarOrSchedule = 1e-7,
     clip: ScalarOrSchedule | None = None,
-    num_workers: int | None = None,
     store: str | None = "params",
     accumulator_dtype: Any = None,
     implementation: str | None = None,
@@ -173,9 +173,8 @@ def fused_dcasgd(
     GPU                    not measured                           not measured
     CPU                    in place with momentum, and with       ``(state, params)``: in place with
                            ``store="updates"``; a temporary       momentum, ``store="params"`` and
-                           a parameter without, with              no ``decay``; otherwise arrays are
-                           ``num_workers``, or in bfloat16 on     copied
-                           JAX 0.10
+                           a parameter without, or in bfloat16    no ``decay``; otherwise arrays are
+                           on JAX 0.10                            copied
     =====================  =====================================  ==================================
 
     Args:
@@ -185,7 +184,6 @@ def fused_dcasgd(
       decay: As in `dcasgd`.
       eps: As in `dcasgd`.
       clip: As in `dcasgd`.
-      num_workers: As in `dcasgd`.
       store: As in `dcasgd`.
       accumulator_dtype: As in `dcasgd`.
       implementation: As in `dcasgd`.
@@ -214,8 +212,7 @@ def fused_dcasgd(
       [ 0.8 -1.6]
     """
     init_fn, advance = _make(
-        kernels.Hyperparameters(learning_rate, momentum, lamda, decay, eps, clip),
-        num_workers,
+        _named(learning_rate, momentum, lamda, decay, eps, clip),
         store,
         accumulator_dtype,
         implementation,
@@ -229,40 +226,46 @@ def fused_dcasgd(
     return FusedOptimizer(init_fn, step_fn)
 
 
+def _named(
+    learning_rate: Any, momentum: Any, lamda: Any, decay: Any, eps: Any, clip: Any
+) -> Hyperparameters:
+    return {
+        "learning_rate": learning_rate,
+        "momentum": momentum,
+        "lamda": lamda,
+        "decay": decay,
+        "eps": eps,
+        "clip": clip,
+    }
+
+
 def _make(
-    hyperparams: kernels.Hyperparameters,
-    num_workers: int | None,
+    hyperparams: Hyperparameters,
     store: str | None,
     accumulator_dtype: Any,
     implementation: str | None,
 ) -> tuple[Callable[[optax.Params], DCASGDState], Callable[..., tuple[Any, DCASGDState]]]:
     """Checks the arguments; returns ``init`` and what ``update`` and ``step`` have in common."""
-    _arguments.check_scalar("learning_rate", hyperparams.learning_rate)
-    _arguments.check_scalar("momentum", hyperparams.momentum, minimum=0.0, below=1.0, optional=True)
-    check_lambda(hyperparams.compensation)
+    momentum, decay = hyperparams["momentum"], hyperparams["decay"]
+    _arguments.check_scalar("learning_rate", hyperparams["learning_rate"])
+    _arguments.check_scalar("momentum", momentum, minimum=0.0, below=1.0, optional=True)
+    check_compensation(*(hyperparams[name] for name in ("lamda", "decay", "eps", "clip")))
     _arguments.check_choice("store", store, ("params", "updates", None))
-    _stale_params.check_num_workers(num_workers, store)
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
     kernels.check_implementation(implementation)
-
-    keeps_buffer = hyperparams.momentum is not None or store == "updates"
-    keeps_nu = hyperparams.decay is not None
+    keeps_buffer = momentum is not None or store == "updates"
 
     def init_fn(params: optax.Params) -> DCASGDState:
         _trees.check_params(params)
-        prev_params, last_worker = _stale_params.init(
-            params, remember=store == "params", num_workers=num_workers
-        )
 
         def zeros(*, real: bool) -> Any:
             return _trees.init_accumulator(params, accumulator_dtype, real=real)
 
         return DCASGDState(
             count=jnp.zeros((), jnp.int32),
-            prev_params=prev_params,
             momentum=zeros(real=False) if keeps_buffer else None,
-            nu=zeros(real=True) if keeps_nu else None,
-            last_worker=last_worker,
+            nu=None if decay is None else zeros(real=True),
+            prev_params=_trees.copy(params) if store == "params" else None,
         )
 
     def advance(
@@ -279,47 +282,46 @@ def _make(
         del extra_args
         _trees.check_updates(grads, params, "grads" if step else "updates")
         _trees.check_mode(state, "prev_params", "store", store, kept=store == "params")
-        _trees.check_mode(state, "momentum", "momentum", hyperparams.momentum, kept=keeps_buffer)
-        _trees.check_mode(state, "nu", "decay", hyperparams.decay, kept=keeps_nu)
+        _trees.check_mode(state, "momentum", "momentum", momentum, kept=keeps_buffer)
+        _trees.check_mode(state, "nu", "decay", decay, kept=decay is not None)
         _trees.check_state(params, state.momentum, state.nu)
-        if store is None:
-            _stale_params.require(stale_params)
-        prev_params, last_worker = state.prev_params, None
-        if num_workers is not None:
-            stale_params, prev_params, last_worker = _stale_params.look_up(
-                params, state, num_workers=num_workers, stale_params=stale_params, worker=worker
-            )
-        else:
-            _stale_params.check_memory(params, state, None)
-            if stale_params is not None:
-                stale_params = _trees.align("stale_params", stale_params, params)
-        # The backups of workers are up to date now; a single copy is left to the kernel.
-        single_copy = state.prev_params if num_workers is None else None
-        now = at_count(hyperparams, state.count)
-
-        def leaf(
-            grad: Any, param: Any, stale: Any, prev: Any, momentum: Any, nu: Any
-        ) -> kernels.Leaf:
-            if grad is None:
-                keep = functools.partial(_stale_params.own_copy, state.count)
-                prev = None if prev is None else jax.tree.map(keep, param, prev)
-                if hyperparams.momentum is None and momentum is not None:  # the last update
-                    momentum = jax.tree.map(jnp.zeros_like, momentum)
-                return kernels.Leaf(param if step else None, prev, momentum, nu)
-            operands = kernels.Operands(grad, param, stale, prev, momentum, nu)
-            return kernels.leaf(
-                operands, state.count, now, step=step, implementation=implementation
+        _trees.check_state(params, state.prev_params, same_dtype=True)
+        if stale_params is not None or store is None:
+            stale_params = _trees.check_stale_params(stale_params, params)
+        elif worker is not None:
+            raise ValueError(
+                f"worker was passed, but store={store!r} remembers one copy of the parameters, not "
+                "one a worker. Use remember_params(dcasgd(..., store=None), num_workers=M), or "
+                "leave worker out."
             )
 
-        out, new_copy, momentum, nu = _trees.map_leaves(
-            leaf, 4, grads, params, stale_params, single_copy, state.momentum, state.nu
+        def skip(row: tuple[Any, ...]) -> Results:
+            """What becomes of a parameter without a gradient, or of all below such a node."""
+            _, param, _, prev, buffer, nu = row
+            if prev is not None:
+                prev = jax.tree.map(
+                    lambda old, w: _trees.own_copy(state.count, w, old), prev, param
+                )
+            if momentum is None and buffer is not None:  # the last update
+                buffer = jax.tree.map(jnp.zeros_like, buffer)
+            return Results(param if step else None, prev, buffer, nu)
+
+        def compute(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+            arrays = [Operands(*row) for row in rows if row[0] is not None]
+            now = at_count(hyperparams, state.count)
+            new = iter(
+                kernels.update(arrays, state.count, now, step=step, implementation=implementation)
+            )
+            return [skip(row) if row[0] is None else next(new) for row in rows]
+
+        out, prev_params, buffer, nu = _trees.map_rows(
+            compute, 4, grads, params, stale_params, state.prev_params, state.momentum, state.nu
         )
         return out, DCASGDState(
             count=optax.safe_increment(state.count),
-            prev_params=prev_params if single_copy is None else new_copy,
-            momentum=None if state.momentum is None else momentum,
+            momentum=None if state.momentum is None else buffer,
             nu=None if state.nu is None else nu,
-            last_worker=last_worker,
+            prev_params=None if state.prev_params is None else prev_params,
         )
 
     return init_fn, advance

@@ -1,4 +1,4 @@
-"""`with_master_weights`: train float16 and bfloat16 parameters through float32 copies."""
+"""`with_master_weights`: train parameters of low precision through float32 copies."""
 
 from typing import Any, NamedTuple
 
@@ -8,41 +8,41 @@ import optax
 
 from optax_dcasgd import _arguments, _trees
 
-_HALF = (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16))
-
 
 class MasterWeightsState(NamedTuple):
     """State of `with_master_weights`."""
 
-    master: Any  # like params: float32 for half-precision leaves, optax.MaskedNode() for others
     inner_state: Any  # of the inner optimizer, initialised with the master weights
+    master: Any  # like params: float32 for narrow parameters, optax.MaskedNode() for others
 
 
 def with_master_weights(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs ``inner`` on float32 copies of the float16 and bfloat16 parameters.
+    """Runs ``inner`` on float32 copies of all floating-point parameters narrower than that.
 
-    Gradients are cast to float32, ``inner`` sees and updates the float32 masters, and the update
-    returned is such that ``optax.apply_updates`` lands on exactly the rounded master:
+    These are bfloat16, float16, float8 and float4. Gradients are cast to float32, ``inner`` sees
+    and updates the float32 masters, and ``optax.apply_updates`` lands on the rounded master:
 
         master' = master + inner's update;   params' = round(master')
 
     Parameters of other dtypes go to ``inner`` as they are. This is MXNet's ``multi_precision``, for
-    bfloat16 too and around any optimizer.
+    every narrow dtype and around any optimizer. Put it outermost.
 
-    The updates of half-precision parameters are float32: not every half-precision number can be
-    reached from another by adding a third, and ``optax.apply_updates`` casts the sum back. (So put
-    ``optax.apply_if_finite`` inside: around it, it would pass half-precision zeros on.) Where
-    the step is so large that even float32 cannot bridge it (from 1 to 1e-8, say), and where
-    something else wrote a parameter (a checkpoint, a projection), the master follows the parameter.
+    The updates of narrow parameters are float32 where JAX adds that to the parameter by itself: not
+    every bfloat16 number can be reached from another by adding a third, and ``optax.apply_updates``
+    casts the sum back. (So put ``optax.apply_if_finite`` inside: around it, it would pass bfloat16
+    zeros on.) For float8 and float4, and under strict dtype promotion, the update has the
+    parameter's dtype; a step of more than half the parameter may then end next to the rounded
+    master. Wherever a parameter is not the rounded master (so, or because something else wrote it:
+    a checkpoint, a projection) the master follows the parameter.
 
     Args:
       inner: Any Optax optimizer. Its state is float32, whatever the parameters are.
 
     Returns:
-      A transformation. Extra arguments reach ``inner`` unchanged, but for the half-precision leaves
-      of ``stale_params``, which are cast to float32.
+      A transformation. Extra arguments reach ``inner`` unchanged, but for the narrow parameters in
+      ``stale_params``, which are cast to float32.
 
     Raises:
       TypeError: If a parameter is an integer array.
@@ -70,9 +70,9 @@ def with_master_weights(
     def init_fn(params: optax.Params) -> MasterWeightsState:
         _trees.check_params(params)
         master = jax.tree.map(
-            lambda p: _to_float32(p) if _is_half(p) else optax.MaskedNode(), params
+            lambda p: _to_float32(p) if _is_narrow(p) else optax.MaskedNode(), params
         )
-        return MasterWeightsState(master, inner.init(_merge(master, params)))
+        return MasterWeightsState(inner.init(_merge(master, params)), master)
 
     def update_fn(
         updates: optax.Updates,
@@ -86,44 +86,56 @@ def with_master_weights(
             stale_params = _trees.align("stale_params", extra_args["stale_params"], params)
             extra_args["stale_params"] = _widen(stale_params)
         master = jax.tree.map(
-            lambda p, m: _follow(m, p) if _is_half(p) else m, params, state.master
+            lambda p, m: _follow(m, p) if _is_narrow(p) else m, params, state.master
         )
         inner_updates, inner_state = inner.update(
             _widen(updates), state.inner_state, _merge(master, params), **extra_args
         )
 
-        def leaf(update: Any, param: Any, master: Any) -> tuple[Any, Any]:
-            if update is None or not _is_half(param):
+        def add(update: Any, param: Any, master: Any) -> tuple[Any, Any]:
+            if update is None or not _is_narrow(param):
                 return update, master
+            param = jnp.asarray(param)
             master = optax.apply_updates(master, update)
-            update = master.astype(param.dtype).astype(jnp.float32) - param.astype(jnp.float32)
+            rounded = master.astype(param.dtype)
+            update = rounded.astype(jnp.float32) - param.astype(jnp.float32)
+            update = update.astype(_update_dtype(param.dtype))
             return update, _follow(master, optax.apply_updates(param, update))
 
-        new_updates, master = _trees.map_leaves(leaf, 2, inner_updates, params, master)
-        return new_updates, MasterWeightsState(master, inner_state)
+        new_updates, master = _trees.map_leaves(add, 2, inner_updates, params, master)
+        return new_updates, MasterWeightsState(inner_state, master)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _is_half(x: Any) -> bool:
-    return _trees.dtype_of(x) in _HALF
+def _is_narrow(x: Any) -> bool:
+    return _trees.is_narrow(_trees.dtype_of(x))
+
+
+def _update_dtype(dtype: Any) -> Any:
+    """float32 where JAX adds it to an array of that dtype by itself, else that dtype."""
+    try:
+        return jnp.promote_types(dtype, jnp.float32)
+    except jax.dtypes.TypePromotionError:
+        return dtype
 
 
 def _to_float32(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
     return jnp.asarray(x).astype(jnp.float32)
 
 
 def _widen(tree: Any) -> Any:
-    return jax.tree.map(lambda x: _to_float32(x) if _is_half(x) else x, tree)
+    return jax.tree.map(lambda x: _to_float32(x) if _is_narrow(x) else x, tree)
 
 
 def _merge(master: Any, params: Any) -> Any:
     """The tree that ``inner`` optimizes: the masters, and the parameters that need none."""
-    return jax.tree.map(lambda p, m: m if _is_half(p) else p, params, master)
+    return jax.tree.map(lambda p, m: m if _is_narrow(p) else p, params, master)
 
 
-def _follow(master: jax.Array, param: jax.Array) -> jax.Array:
+def _follow(master: jax.Array, param: Any) -> jax.Array:
     """The master, except where it does not round to the parameter."""
+    param = jnp.asarray(param)
     return jnp.where(master.astype(param.dtype) == param, master, param.astype(master.dtype))

@@ -1,11 +1,13 @@
 """Pytree helpers of the transformations: checks, copies, dtypes, maps with several results."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 # The sentence Optax's own transformations raise with; Optax does not export it.
 NO_PARAMS_MSG = (
@@ -79,13 +81,17 @@ def _check_structure(
         raise ValueError(f"{name} must have the structure of {like_name}: {difference}.")
 
 
-def _check_shape(name: str, leaf: Any, shape: tuple[int, ...], like_name: str) -> None:
+def _check_shape(name: str, path: Any, leaf: Any, shape: tuple[int, ...], like_name: str) -> None:
     if jnp.shape(leaf) != shape:
-        raise ValueError(f"{name} has shape {jnp.shape(leaf)}, but {like_name} has shape {shape}.")
+        raise ValueError(
+            f"{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but {like_name} has "
+            f"shape {shape}."
+        )
 
 
-def _check_real(name: str, leaf: Any, param: Any) -> None:
+def _check_real(name: str, path: Any, leaf: Any, param: Any) -> None:
     if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(param):
+        name += jax.tree_util.keystr(path)
         raise TypeError(f"{name} is complex, but the parameter is real.")
 
 
@@ -126,12 +132,12 @@ def check_updates(updates: Any, params: Any, argument: str = "updates") -> None:
 
     def check(path: Any, update: Any, param: Any) -> None:
         if update is not None:
-            name = argument + jax.tree_util.keystr(path)
             dtype = getattr(update, "dtype", None)
             if dtype is not None and not jnp.issubdtype(dtype, jnp.number):
+                name = argument + jax.tree_util.keystr(path)
                 raise TypeError(f"{name} has dtype {dtype}, which is no gradient's.")
-            _check_shape(name, update, jnp.shape(param), "the parameter")
-            _check_real(name, update, param)
+            _check_shape(argument, path, update, jnp.shape(param), "the parameter")
+            _check_real(argument, path, update, param)
 
     jax.tree_util.tree_map_with_path(check, updates, params, is_leaf=is_none)
 
@@ -166,12 +172,12 @@ def check_state(params: Any, *trees: Any, stacked: bool = False, same_dtype: boo
 
     def check(path: Any, kept: Any, param: Any) -> None:
         if not is_masked(kept):
-            name = f"params{jax.tree_util.keystr(path)}"
-            _check_shape(name, param, jnp.shape(kept)[int(stacked) :], "in the optimizer state it")
+            shape = jnp.shape(kept)[int(stacked) :]
+            _check_shape("params", path, param, shape, "in the optimizer state it")
             if same_dtype and dtype_of(param) != dtype_of(kept):
                 raise ValueError(
-                    f"{name} has dtype {dtype_of(param)}, but in the optimizer state it has dtype "
-                    f"{dtype_of(kept)}."
+                    f"params{jax.tree_util.keystr(path)} has dtype {dtype_of(param)}, but in the "
+                    f"optimizer state it has dtype {dtype_of(kept)}."
                 )
 
     for tree in trees:
@@ -197,25 +203,50 @@ def align(name: str, tree: Any, params: Any) -> Any:
     def leaf(path: Any, param: Any, value: Any) -> Any:
         if is_masked(param):
             return param
-        _check_shape(name + jax.tree_util.keystr(path), value, jnp.shape(param), "the parameter")
-        _check_real(name + jax.tree_util.keystr(path), value, param)
+        _check_shape(name, path, value, jnp.shape(param), "the parameter")
+        _check_real(name, path, value, param)
         return value
 
     return jax.tree_util.tree_map_with_path(leaf, params, tree, is_leaf=is_masked)
 
 
-def broadcast_prefix(name: str, prefix: Any, tree: Any) -> Any:
+def check_stale_params(stale_params: Any, params: Any) -> Any:
+    """Returns ``stale_params``, given to a rule, with the structure of ``params``.
+
+    Raises:
+      ValueError: If it is missing, or names the leaf whose structure or shape differs.
+      TypeError: Names the complex leaf where the parameter is real.
+    """
+    if stale_params is None:
+        raise ValueError(
+            "stale_params is required: what was the gradient computed at? Either wrap the whole "
+            "optimizer in optax_dcasgd.remember_params (one update ago, or with num_workers=M the "
+            "backup of update(..., worker=i)), or in optax_dcasgd.delay_gradients, or pass "
+            "update(..., stale_params=tree)."
+        )
+    return align("stale_params", stale_params, params)
+
+
+def broadcast_prefix(
+    name: str, prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False
+) -> Any:
     """Returns a tree like ``tree`` whose leaves are those of the prefix tree above them.
 
     Where ``tree`` has no leaves (behind a mask, ``None``, the placeholder that
     ``optax.tree.map_params`` makes) the prefix may have any.
+
+    Args:
+      name: What the caller's signature calls the prefix, for the message.
+      prefix: The prefix tree.
+      tree: The tree.
+      is_leaf: What is a leaf of the prefix, though it is a pytree too.
 
     Raises:
       ValueError: If ``prefix`` is not a prefix; names the first node that differs.
     """
     if not jax.tree.leaves(tree):
         return tree
-    values, treedef = _children(prefix)
+    values, treedef = (None, None) if is_leaf(prefix) else _children(prefix)
     if values is None:
         return jax.tree.map(lambda _: prefix, tree)
     children, tree_treedef = _children(tree)
@@ -223,7 +254,7 @@ def broadcast_prefix(name: str, prefix: Any, tree: Any) -> Any:
         difference = _difference(name, prefix, tree, "the tree", lambda *_: False)
         raise ValueError(f"{name} must be one value or a prefix tree of params: {difference}.")
     return tree_treedef.unflatten(
-        broadcast_prefix(name + key, value, children[key]) for key, value in values.items()
+        broadcast_prefix(name + key, value, children[key], is_leaf) for key, value in values.items()
     )
 
 
@@ -239,12 +270,22 @@ def map_leaves(
       updates: The tree that gives the structure.
       *trees: Trees of that structure; a tree that is ``None`` gives ``None`` at every leaf.
     """
+    return map_rows(lambda rows: [function(*row) for row in rows], num_results, updates, *trees)
+
+
+def map_rows(
+    function: Callable[[list[tuple[Any, ...]]], list[tuple[Any, ...]]],
+    num_results: int,
+    updates: Any,
+    *trees: Any,
+) -> tuple[Any, ...]:
+    """`map_leaves` for a function that takes and returns the rows of all leaves at once."""
     treedef: Any
     leaves, treedef = jax.tree.flatten(updates, is_leaf=is_none)
     columns = [
         [None] * len(leaves) if tree is None else treedef.flatten_up_to(tree) for tree in trees
     ]
-    rows = [function(*row) for row in zip(leaves, *columns, strict=True)]
+    rows = function(list(zip(leaves, *columns, strict=True)))
     return tuple(treedef.unflatten([row[i] for row in rows]) for i in range(num_results))
 
 
@@ -262,7 +303,10 @@ def copy(tree: Any) -> Any:
 def stack_copies(x: Any, num: int) -> Any:
     """Copies one leaf ``num`` times along a new leading axis, sharded as the leaf is."""
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((num, *x.shape), x.dtype)
+        sharding = x.sharding
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        return jax.ShapeDtypeStruct((num, *x.shape), x.dtype, sharding=sharding)
     return jnp.stack([jnp.asarray(x, dtype_of(x))] * num)
 
 
@@ -279,13 +323,33 @@ def zeros_like(x: Any, dtype: Any = None) -> Any:
     return zeros
 
 
+def own_copy(count: jax.Array, x: Any, like: jax.Array) -> jax.Array:
+    """Returns ``x`` in a buffer of its own, with the dtype of ``like``, once ``like`` is computed.
+
+    A bare ``x`` would hand the caller's own buffer back as state, and donating it later would
+    delete the state. This is a select whose predicate is always true, but only at run time.
+    """
+    return jnp.where(count >= 0, jnp.asarray(x, like.dtype), like)
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether it is a floating-point dtype of less than 32 bits."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
 def compute_dtype(*arrays: Any) -> Any:
     """The dtype of the arithmetic on these arrays (``None`` left out): at least float32."""
-    dtype = jnp.dtype(jnp.float32)
+    return _widest(*(dtype_of(array) for array in arrays if array is not None))
+
+
+@functools.lru_cache
+def _widest(*dtypes: Any) -> Any:
+    widest = jnp.dtype(jnp.float32)
     with jax.numpy_dtype_promotion("standard"):  # what is cast to it is cast explicitly
-        for array in arrays:
-            dtype = dtype if array is None else jnp.promote_types(dtype, dtype_of(array))
-    return dtype
+        for dtype in dtypes:
+            # JAX promotes float8 and float4 to no other dtype by itself.
+            widest = widest if is_narrow(dtype) else jnp.promote_types(widest, dtype)
+    return widest
 
 
 def real_dtype(dtype: Any) -> Any:

@@ -9,9 +9,10 @@ import optax
 
 from optax_dcasgd import _arguments, _trees
 from optax_dcasgd._arguments import ScalarOrSchedule
-from optax_dcasgd._compensation import add_delay_compensation
 from optax_dcasgd._dcasgd import dcasgd
 from optax_dcasgd._mixed_precision import with_master_weights
+from optax_dcasgd.rules import add_delay_compensation
+from optax_dcasgd.sources import remember_params
 
 _NOT_HERE = {
     "param_idx2name": "parameters have no index here: give lr_mult and wd_mult as a prefix tree of "
@@ -71,8 +72,8 @@ def DCASGD(  # noqa: N802 (MXNet's name)
       lr_scheduler: A function of MXNet's ``num_update``, traceable by JAX: it gets an int32 scalar,
         ``begin_num_update + 1`` on the first update, and returns the learning rate.
       begin_num_update: Where ``num_update`` starts counting.
-      multi_precision: Whether to keep float32 masters of half-precision parameters, by
-        `with_master_weights` (MXNet: of float16 only; here of bfloat16 too).
+      multi_precision: Whether to keep float32 masters of parameters in low precision, by
+        `with_master_weights` (MXNet: of float16 only; here of bfloat16 and float8 too).
       lr_mult: None, or a prefix tree of floats over the parameters.
       wd_mult: None, or a prefix tree of floats over the parameters.
       version: 2 or 1, whose rule to follow.
@@ -134,23 +135,27 @@ def DCASGD(  # noqa: N802 (MXNet's name)
             _arguments.check_scalar(f"{name}{jax.tree_util.keystr(path)}", leaf, schedule=False)
     schedule = _schedule(learning_rate, lr_scheduler, begin_num_update)
 
-    parts: list[optax.GradientTransformation] = [_widen(), optax.scale(rescale_grad)]
+    prepare: list[optax.GradientTransformation] = [_widen(), optax.scale(rescale_grad)]
     if clip_gradient is not None:
-        parts.append(optax.clip(clip_gradient))
+        prepare.append(optax.clip(clip_gradient))
     has_decay = wd_mult is not None or not _is_zero(wd)
     decayed_weights = [_add_decayed_weights(wd, wd_mult)] if has_decay else []
     buffer = None if _is_zero(momentum) else momentum
+    # A constant factor commutes with the momentum, so it may stand behind it.
+    scale = [] if lr_mult is None else [_scale_by_tree("lr_mult", lr_mult)]
     if version == 2:
-        parts += [*decayed_weights, dcasgd(schedule, buffer, lamda)]
+        optimizer = optax.chain(*prepare, *decayed_weights, dcasgd(schedule, buffer, lamda), *scale)
     else:
-        parts += [add_delay_compensation(lamda), *decayed_weights]
-        if buffer is None:
-            parts.append(optax.scale_by_learning_rate(schedule))
-        else:  # compensated already; of dcasgd the momentum remains, with lr inside, in float32
-            parts.append(dcasgd(schedule, buffer, 0.0, store="updates"))
-    if lr_mult is not None:  # constant, so it commutes with the momentum
-        parts.append(_scale_by_tree("lr_mult", lr_mult))
-    optimizer = optax.chain(*parts)
+        compensation = add_delay_compensation(lamda, decay=None, clip=None)
+        # Compensated before: of dcasgd the momentum remains, with lr inside, in float32.
+        sgd = (
+            optax.scale_by_learning_rate(schedule)
+            if buffer is None
+            else dcasgd(schedule, buffer, 0.0, store="updates")
+        )
+        optimizer = remember_params(
+            optax.chain(*prepare, compensation, *decayed_weights, sgd, *scale)
+        )
     return with_master_weights(optimizer) if multi_precision else optimizer
 
 

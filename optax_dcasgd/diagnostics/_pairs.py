@@ -9,8 +9,8 @@ import optax
 from jax import lax
 
 from optax_dcasgd import _arguments, _trees, simulation
-from optax_dcasgd._compensation import add_delay_compensation
 from optax_dcasgd._gradients import GradFn, batch_at, check_batches, check_grad_fn, row
+from optax_dcasgd.rules import add_delay_compensation
 from optax_dcasgd.simulation import Arrivals
 
 
@@ -82,7 +82,7 @@ def pairs(
     k = jnp.arange(num_pairs, dtype=jnp.int32)
     grads = _gradients(grad_fn, params, batches, key, k)
     stale_grads = _gradients(grad_fn, stale_params, batches, key, k)
-    link = add_delay_compensation(0.0, decay=decay, store=None)
+    link = add_delay_compensation(0.0, decay=decay)
 
     def accumulate(state: Any, pair: Any) -> Any:
         params, grads = pair
@@ -166,7 +166,7 @@ class _RecordState(NamedTuple):
 
 def _record(at: np.ndarray, decay: float) -> optax.GradientTransformationExtraArgs:
     """Passes gradients on as they are, and keeps the pairs of the updates ``at``."""
-    link = add_delay_compensation(0.0, decay=decay, store=None)
+    link = add_delay_compensation(0.0, decay=decay)
 
     def init_fn(params: optax.Params) -> _RecordState:
         state = link.init(params)

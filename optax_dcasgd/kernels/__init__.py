@@ -1,6 +1,6 @@
-"""The fused update of one array: the formula, the plan of memory, and the choice of who computes.
+"""The fused update of a tree: the formula, the plan of memory, and the table of who computes it.
 
-The formula, elementwise (`reference.formula`; its compensation is `_compensation.compensate`):
+The formula, elementwise (`reference.formula`; its compensation is `_mathematics.compensate`):
 
     ν'   = m·ν + (1−m)·g²                     only with ``decay``
     λ_t  = λ0;  with ``decay``  λ0 / √(ν' + ε)
@@ -29,7 +29,7 @@ Who computes it, and why so:
 
 * `reference`, in plain JAX, is what XLA gets. Its TPU compiler makes one pass of it, in place,
   whatever the order of the results, so that a kernel could win nothing and `implementation=None`
-  is XLA. On a CPU XLA writes one array a pass; `reference.leaf` says how the copies are avoided.
+  is XLA. On a CPU XLA writes one array a pass; `reference.update` says how the copies are avoided.
 * `mosaic_tpu`: a block of each array at a time, all of the minor two dimensions that fit, as a TPU
   lays them out in tiles and any other view would be a copy. The blocks of all operands share the
   VMEM of the smallest chip, and are held twice, so that copies overlap with arithmetic.
@@ -37,53 +37,77 @@ Who computes it, and why so:
   load, straight to the registers, because no number is used twice; what is less than one block of
   threads takes (1,024 numbers) is left to XLA, and so are 2³¹ numbers or more, as offsets are
   32-bit integers.
-* `pallas` chooses between the kernels when the program is lowered for a platform, and says why
-  where there is none.
+* `pallas` has the table of kernels, a row a platform, and says why where there is none.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 
 from optax_dcasgd import _arguments, _trees
-from optax_dcasgd.kernels import pallas, reference
-from optax_dcasgd.kernels.reference import Hyperparameters, Leaf, Operands
+from optax_dcasgd._hyperparameters import Hyperparameters, cast
+from optax_dcasgd.kernels import reference
+from optax_dcasgd.kernels.reference import Operands, Results
 
-__all__ = ["Hyperparameters", "Leaf", "Operands", "check_implementation", "leaf"]
+__all__ = ["IMPLEMENTATIONS", "Operands", "Results", "check_implementation", "update"]
+
+# Jitted, so that arrays of one shape are traced once; inlined, so that XLA sees no difference.
+_update_by_xla = jax.jit(reference.update, static_argnames=("step", "fresh"), inline=True)
+
+
+def _by_xla(operands: Operands, *args: Any, step: bool) -> Results:
+    fresh = operands.stale is operands.param
+    if fresh:
+        operands = operands._replace(stale=None)
+    out: Results = _update_by_xla(operands, *args, step=step, fresh=fresh)
+    return out
+
+
+def _by_pallas(operands: Operands, *args: Any, step: bool) -> Results:
+    from optax_dcasgd.kernels import pallas  # it takes long to import, and few need it
+
+    return pallas.update(operands, *args, step=step)
+
+
+# Each computes the update of one array: (operands, count, numbers, *, step) -> results.
+IMPLEMENTATIONS: dict[str | None, Callable[..., Results]] = {
+    None: _by_xla,  # no kernel has been measured to be faster yet
+    "xla": _by_xla,
+    "pallas": _by_pallas,
+}
 
 
 def check_implementation(implementation: str | None) -> None:
     """Checks that there is an implementation of that name."""
-    _arguments.check_choice("implementation", implementation, (None, "xla", "pallas"))
+    _arguments.check_choice("implementation", implementation, tuple(IMPLEMENTATIONS))
 
 
-def leaf(
-    operands: Operands,
+def update(
+    arrays: Sequence[Operands],
     count: jax.Array,
     hyperparams: Hyperparameters,
     *,
     step: bool,
     implementation: str | None,
-) -> Leaf:
-    """The update of one leaf, or the new parameter, and its new state.
+) -> list[Results]:
+    """The update, or the new parameter, and the new state of every parameter.
 
     Args:
-      operands: The arrays, NumPy's and Python's scalars among them.
+      arrays: The arrays of each parameter, NumPy's and Python's scalars among them.
       count: The number of updates so far, int32.
-      hyperparams: The numbers of this update.
+      hyperparams: Those of this update: numbers or None.
       step: Whether to compute the new parameter or the update.
-      implementation: ``"pallas"``; or ``"xla"`` or None for XLA, as no kernel has been measured
-        to be faster yet.
+      implementation: A name in the table `IMPLEMENTATIONS`.
 
     Raises:
       NotImplementedError: If it is ``"pallas"``, for dtypes that the kernels do not compute in; or,
         when it is compiled, for a platform or a mesh that they do not run on.
     """
-    known_to_be_fresh = operands.stale is operands.param
-    operands = Operands(
-        *(None if x is None else jnp.asarray(x, _trees.dtype_of(x)) for x in operands)
-    )
-    if known_to_be_fresh:
-        operands = operands._replace(stale=operands.param)
-    scalars = reference.scalars(hyperparams, _trees.real_dtype(operands.dtype))
-    compute = pallas.leaf if implementation == "pallas" else reference.leaf
-    return compute(operands, count, scalars, step=step)
+    numbers = functools.cache(lambda dtype: cast(hyperparams, dtype))  # once, and not once an array
+    compute = IMPLEMENTATIONS[implementation]
+    return [
+        compute(operands, count, numbers(_trees.real_dtype(operands.dtype)), step=step)
+        for operands in arrays
+    ]

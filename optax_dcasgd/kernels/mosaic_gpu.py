@@ -1,4 +1,4 @@
-"""The fused update of one leaf as a Pallas kernel for NVIDIA GPUs, Hopper and newer.
+"""The fused update of one array as a Pallas kernel for NVIDIA GPUs, Hopper and newer.
 
 Memory is linear there, so any shape is one row of numbers. A block of 128 threads reads its piece
 of each array straight into registers, four numbers a thread and load, computes
@@ -14,78 +14,65 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from optax_dcasgd._hyperparameters import Hyperparameters
 from optax_dcasgd.kernels import reference
-from optax_dcasgd.kernels.reference import Leaf, Operands, Scalars
+from optax_dcasgd.kernels._plan import Plan
+from optax_dcasgd.kernels.reference import Operands, Results
 
 PIECE = 1024  # numbers a block of threads takes: two loads of each array in flight a thread
 _LAYOUT = plgpu.Layout.WG_STRIDED((PIECE,), vec_size=4)  # 16 bytes of float32 a load
 
 
-def leaf(
-    operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool, interpret: Any = None
-) -> Leaf:
-    """`reference.leaf` in one kernel; float32, bfloat16 and float16 arrays of any shape.
+def update(
+    operands: Operands,
+    count: jax.Array,
+    numbers: Hyperparameters,
+    *,
+    step: bool,
+    interpret: Any = None,
+) -> Results:
+    """`reference.update` in one kernel; float32, bfloat16 and float16 arrays of any shape.
 
     What is smaller than one piece, or has 2³¹ numbers or more, is left to XLA whole.
 
     Args:
-      operands: As for `reference.leaf`.
-      count: As for `reference.leaf`.
-      scalars: As for `reference.leaf`, float32.
-      step: As for `reference.leaf`.
+      operands: As for `reference.update`.
+      count: As for `reference.update`.
+      numbers: As for `reference.update`, float32.
+      step: As for `reference.update`.
       interpret: What `pl.kernel` takes, to run without a GPU.
     """
     param = operands.param
     pieces, rest = divmod(param.size, PIECE)
     # Offsets are 32-bit integers.
     if pieces == 0 or param.size >= 2**31:
-        return reference.leaf(operands, count, scalars, step=step)
+        return reference.update(operands, count, numbers, step=step)
     flat = Operands(*(None if x is None else x.reshape(-1) for x in operands))
-    main = _main(flat, count, scalars, pieces, step, interpret)
+    new = _whole_pieces(Plan(flat, count, numbers, step=step), pieces, interpret)
     if rest:
-        tail = reference.leaf(
-            Operands(*(None if x is None else x[-rest:] for x in flat)), count, scalars, step=step
-        )
-        main = Leaf(
-            *(None if x is None else x.at[-rest:].set(t) for x, t in zip(main, tail, strict=True))
-        )
-    return Leaf(*(None if x is None else x.reshape(param.shape) for x in main))
+        tail = Operands(*(None if x is None else x[-rest:] for x in flat))
+        tail_new = reference.update(tail, count, numbers, step=step)
+        new = {k: x.at[-rest:].set(getattr(tail_new, k)) for k, x in new.items()}
+    return Results(*(new[k].reshape(param.shape) if k in new else None for k in Results._fields))
 
 
-def _main(
-    operands: Operands,
-    count: jax.Array,
-    scalars: Scalars,
-    pieces: int,
-    step: bool,
-    interpret: Any,
-) -> Leaf:
+def _whole_pieces(plan: Plan, pieces: int, interpret: Any) -> dict[str, Any]:
     """The whole pieces of the arrays; what stands behind them is left as it was."""
-    treedef: Any
-    values, treedef = jax.tree.flatten(scalars)
-    vector = jnp.stack([jnp.asarray(count == 0, jnp.float32), *values])
-    given = {k: x for k, x in operands._asdict().items() if x is not None}
-    # A kernel writes over what it is given as a reference; w' goes where w was read.
-    given["out"] = operands.param if step else jnp.empty_like(operands.param)
-    if step:
-        del given["param"]
-    written = [k for k in Leaf._fields if k in given]
+    # A kernel writes over what it is given as a reference; so an array that is replaced is read
+    # from the reference of its result.
+    written = {
+        k: plan.given[v] if k in plan.in_place else jnp.empty_like(plan.given[v])
+        for k, v in plan.results.items()
+    }
+    replaced = {v: k for k, v in plan.in_place.items()}
+    only_read = {k: plan.given[k] for k in plan.read if k not in replaced}
 
-    def kernel(scalar_ref: Any, *args: Any) -> None:
-        ref = dict(zip(given, args, strict=True))
+    def kernel(scalar_ref: Any, *refs: Any) -> None:
+        ref = dict(zip([*only_read, *written], refs, strict=True))
         piece = pl.ds(lax.axis_index("piece") * PIECE, PIECE)
-
-        def read(name: str) -> Any:
-            name = "out" if step and name == "param" else name
-            if name not in given or (name == "prev" and "stale" in given):
-                return None
-            return plgpu.layout_cast(ref[name][piece], _LAYOUT)
-
-        blocks = Operands(*map(read, Operands._fields))
-        numbers = treedef.unflatten([scalar_ref[1 + i] for i in range(len(values))])
-        results = reference.block(blocks, scalar_ref[0] > 0, numbers, step=step)
-        for name in written:
-            ref[name][piece] = getattr(results, name).astype(ref[name].dtype)
+        blocks = {k: plgpu.layout_cast(ref[replaced.get(k, k)][piece], _LAYOUT) for k in plan.read}
+        for name, block in plan.compute(scalar_ref, blocks).items():
+            ref[name][piece] = block
 
     def run(refs: dict[str, Any]) -> None:
         pl.kernel(
@@ -93,8 +80,8 @@ def _main(
             mesh=plgpu.Mesh(grid=(pieces,), grid_names=("piece",)),
             compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=interpret,
-            name="dcasgd_step" if step else "dcasgd_update",
-        )(vector, *(refs[k] if k in written else x for k, x in given.items()))
+            name="dcasgd",
+        )(plan.scalars, *only_read.values(), *refs.values())
 
-    new = pl.run_state(run)({k: given[k] for k in written})
-    return Leaf(*(new.get(k) for k in Leaf._fields))
+    new: dict[str, Any] = pl.run_state(run)(written)
+    return new

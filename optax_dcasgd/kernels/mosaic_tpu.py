@@ -1,4 +1,4 @@
-"""The fused update of one leaf as a Pallas kernel for TPUs.
+"""The fused update of one array as a Pallas kernel for TPUs.
 
 One grid step reads one block of each array, computes `reference.formula` on it and writes each
 result over the array it replaces. Arrays keep the two minor dimensions they have (the TPU lays
@@ -9,12 +9,13 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from optax_dcasgd._hyperparameters import Hyperparameters
 from optax_dcasgd.kernels import reference
-from optax_dcasgd.kernels.reference import Leaf, Operands, Scalars
+from optax_dcasgd.kernels._plan import Plan
+from optax_dcasgd.kernels.reference import Operands, Results
 
 _LANES = 128  # the minor dimension of a tile
 _SUBLANES = 16  # the other one, of bfloat16; a multiple of that of float32
@@ -23,44 +24,40 @@ _SUBLANES = 16  # the other one, of bfloat16; a multiple of that of float32
 _BLOCK_BYTES = 3 * 2**20
 
 
-def leaf(
-    operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool, interpret: Any = False
-) -> Leaf:
-    """`reference.leaf` in one kernel; float32 and bfloat16 arrays of any shape.
+def update(
+    operands: Operands,
+    count: jax.Array,
+    numbers: Hyperparameters,
+    *,
+    step: bool,
+    interpret: Any = False,
+) -> Results:
+    """`reference.update` in one kernel; float32 and bfloat16 arrays of any shape.
 
     Args:
-      operands: As for `reference.leaf`.
-      count: As for `reference.leaf`.
-      scalars: As for `reference.leaf`, float32.
-      step: As for `reference.leaf`.
+      operands: As for `reference.update`.
+      count: As for `reference.update`.
+      numbers: As for `reference.update`, float32.
+      step: As for `reference.update`.
       interpret: What `pl.pallas_call` takes, to run without a TPU.
     """
     param = operands.param
     if not param.size:
-        return reference.leaf(operands, count, scalars, step=step)
+        return reference.update(operands, count, numbers, step=step)
     view = _view(param.shape)
-    given = {k: x.reshape(view) for k, x in operands._asdict().items() if x is not None}
-    results = {"out": "param"} | {k: k for k in ("prev", "momentum", "nu") if k in given}
-    written_only = ("prev",) if operands.stale is not None else ()
-    in_place = [(k, v) for k, v in results.items() if k != "out" or step]
-    treedef: Any
-    values, treedef = jax.tree.flatten(scalars)
-    vector = jnp.stack([jnp.asarray(count == 0, jnp.float32), *values])
+    viewed = Operands(*(None if x is None else x.reshape(view) for x in operands))
+    plan = Plan(viewed, count, numbers, step=step)
+    given, results = plan.given, plan.results
 
     def kernel(scalar_ref: Any, *refs: Any) -> None:
-        read = dict(zip(given, refs, strict=False))
-        write = dict(zip(results, refs[len(given) :], strict=True))
-        blocks = Operands(
-            **{k: read[k][...] if k in read and k not in written_only else None for k in _FIELDS}
-        )
-        numbers = treedef.unflatten([scalar_ref[1 + i] for i in range(len(values))])
-        new = reference.block(blocks, scalar_ref[0] > 0, numbers, step=step)
-        for k, ref in write.items():
-            ref[...] = getattr(new, k).astype(ref.dtype)
+        read, write = refs[: len(given)], refs[len(given) :]
+        blocks = {k: ref[...] for k, ref in zip(given, read, strict=True) if k in plan.read}
+        new = plan.compute(scalar_ref, blocks)
+        for k, ref in zip(results, write, strict=True):
+            ref[...] = new[k]
 
-    itemsizes = [x.dtype.itemsize for k, x in given.items() if k not in written_only]
-    itemsizes += [given[k].dtype.itemsize for k in results.values()]
-    block = _block(view, _BLOCK_BYTES // sum(itemsizes))
+    moved = [given[k].dtype.itemsize for k in (*plan.read, *results.values())]
+    block = _block(view, _BLOCK_BYTES // sum(moved))
     spec = pl.BlockSpec(block, lambda *index: index)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     outputs = pl.pallas_call(
@@ -68,26 +65,23 @@ def leaf(
         grid=tuple(pl.cdiv(n, b) for n, b in zip(view, block, strict=True)),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
-            *(anywhere if k in written_only else spec for k in given),
+            *(spec if k in plan.read else anywhere for k in given),
         ],
         out_specs=[spec] * len(results),
         out_shape=[_like(given[k]) for k in results.values()],
         input_output_aliases={
-            1 + list(given).index(v): list(results).index(k) for k, v in in_place
+            1 + list(given).index(v): list(results).index(k) for k, v in plan.in_place.items()
         },
         cost_estimate=pl.CostEstimate(
             flops=12 * param.size,
             transcendentals=0 if operands.nu is None else param.size,
-            bytes_accessed=sum(itemsizes) * param.size,
+            bytes_accessed=sum(moved) * param.size,
         ),
         interpret=interpret,
-        name="dcasgd_step" if step else "dcasgd_update",
-    )(vector, *given.values())
+        name="dcasgd",
+    )(plan.scalars, *given.values())
     new = {k: x.reshape(param.shape) for k, x in zip(results, outputs, strict=True)}
-    return Leaf(**{k: new.get(k) for k in Leaf._fields})
-
-
-_FIELDS = Operands._fields
+    return Results(*map(new.get, Results._fields))
 
 
 def _like(x: jax.Array) -> Any:

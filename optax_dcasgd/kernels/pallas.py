@@ -1,8 +1,8 @@
-"""The choice between the Pallas kernels, made where the program is lowered for a platform."""
+"""The table of Pallas kernels, and the choice where the program is lowered for a platform."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,35 +12,80 @@ from jax.interpreters import mlir
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from optax_dcasgd import _trees
+from optax_dcasgd._hyperparameters import Hyperparameters
 from optax_dcasgd.kernels import mosaic_gpu, mosaic_tpu, reference
-from optax_dcasgd.kernels.reference import Leaf, Operands, Scalars
+from optax_dcasgd.kernels.reference import Operands, Results
 
+
+class Kernel(NamedTuple):
+    """The kernel of a platform, and what it cannot do."""
+
+    update: Callable[..., Results]
+    why_not: Callable[[Operands], str | None]  # for these arrays, known while tracing
+    why_not_here: Callable[[], str | None]  # on this machine, asked when the program is lowered
+
+
+def _why_not_on_tpu(operands: Operands) -> str | None:
+    if any(x is not None and x.dtype == jnp.float16 for x in operands):
+        return "the TPU kernel takes float32 and bfloat16 arrays, and one of these is float16"
+    return None
+
+
+def _why_not_on_gpu(operands: Operands) -> str | None:
+    if jax.typeof(operands.param).manual_axis_type.varying:
+        return (
+            "Mosaic GPU kernels do not support jax.shard_map's check of varying types; pass it "
+            "check_vma=False"
+        )
+    return None
+
+
+def _is_too_old() -> str | None:
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:  # lowering for a GPU on a machine without one
+        return None
+    capability = min(float(device.compute_capability) for device in devices)
+    if capability < 9.0:
+        return f"the kernel needs compute capability 9.0 (Hopper), and the GPU has {capability}"
+    return None
+
+
+KERNELS = {
+    "tpu": Kernel(mosaic_tpu.update, _why_not_on_tpu, lambda: None),
+    "cuda": Kernel(mosaic_gpu.update, _why_not_on_gpu, _is_too_old),
+}
 _DTYPES = ("float32", "bfloat16", "float16")
-_INSTEAD = "Use implementation=None, which takes the fastest there is."
 
 
-def _refused(reason: str) -> NotImplementedError:
-    return NotImplementedError(f"implementation='pallas': {reason}. {_INSTEAD}")
-
-
-def leaf(operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool) -> Leaf:
-    """`reference.leaf` by the kernel of the platform.
+def update(
+    operands: Operands, count: jax.Array, numbers: Hyperparameters, *, step: bool
+) -> Results:
+    """`reference.update` by the kernel of the platform.
 
     Raises:
       NotImplementedError: For an array of another dtype than float32, bfloat16 and float16; when
-        the program is lowered, for a platform without a kernel (for float16, a TPU too), or a mesh
-        on which the compiler would have to partition one.
+        the program is lowered, where the table of kernels has none, or none that can run, or for a
+        mesh on which the compiler would have to partition one.
     """
+    operands = Operands(
+        *(None if x is None else jnp.asarray(x, _trees.dtype_of(x)) for x in operands)
+    )
     for name, x in operands._asdict().items():
         if x is not None and x.dtype not in _DTYPES:
-            raise NotImplementedError(
-                f"implementation='pallas' computes in float32; {name} has dtype {x.dtype}. "
-                f"{_INSTEAD}"
-            )
-    return _per_shard(_differentiable(step), operands, count, scalars)
+            raise _refused(f"the kernels compute in float32; {name} has dtype {x.dtype}")
+    return _per_shard(_DIFFERENTIABLE[step], operands, count, numbers)
 
 
-def _per_shard(function: Callable[..., Leaf], operands: Operands, *scalars: Any) -> Leaf:
+def _refused(reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"implementation='pallas': {reason}. Use implementation=None, which takes the fastest "
+        "there is."
+    )
+
+
+def _per_shard(function: Callable[..., Results], operands: Operands, *scalars: Any) -> Results:
     """Calls the function on the shards of a parameter that an Explicit mesh holds."""
     sharding = jax.typeof(operands.param).sharding
     axis_types = sharding.mesh.axis_types
@@ -57,81 +102,52 @@ def _per_shard(function: Callable[..., Leaf], operands: Operands, *scalars: Any)
     )(operands, *scalars)
 
 
-@functools.cache
-def _differentiable(step: bool) -> Callable[..., Leaf]:
-    """The kernels with the derivative of the reference."""
-    by_xla = functools.partial(reference.leaf, step=step)
-    function = jax.custom_jvp(_batched(step))
+def _differentiable(step: bool) -> Callable[..., Results]:
+    """The kernels with the derivative of the reference; under ``vmap`` one member after another."""
+    by_xla = functools.partial(reference.update, step=step)
+    by_kernel = functools.partial(_per_platform, step=step)
+    function = jax.custom_jvp(jax.custom_batching.sequential_vmap(by_kernel))
     function.defjvp(lambda primals, tangents: jax.jvp(by_xla, primals, tangents))
     return function
 
 
-@functools.cache
-def _batched(step: bool) -> Callable[..., Leaf]:
-    """The kernels under ``vmap``: a batch of leaves is one larger leaf."""
-
-    @jax.custom_batching.custom_vmap
-    def function(operands: Operands, count: jax.Array, scalars: Scalars) -> Leaf:
-        out: Leaf = _per_platform(operands, count, scalars, step)
-        return out
-
-    @function.def_vmap
-    def rule(axis_size: int, in_batched: Any, *args: Any) -> tuple[Leaf, Any]:
-        operands, *scalars = jax.tree.map(
-            lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)),
-            args,
-            tuple(in_batched),
-        )
-        if any(jax.tree.leaves(in_batched[1:])):  # each member has its own count or scalars
-            out = lax.map(lambda member: _batched(step)(*member), (operands, *scalars))
-        else:
-            out = _batched(step)(operands, *args[1:])
-        return out, jax.tree.map(lambda _: True, out)
-
-    return function
-
-
-# Jitted, so that leaves of one shape are lowered once, and calls outside `jit` compile once.
-@functools.partial(jax.jit, static_argnums=3)
-def _per_platform(operands: Operands, count: jax.Array, scalars: Scalars, step: bool) -> Leaf:
+# Jitted, so that arrays of one shape are lowered once, and calls outside `jit` compile once.
+@functools.partial(jax.jit, static_argnames="step")
+def _per_platform(
+    operands: Operands, count: jax.Array, numbers: Hyperparameters, *, step: bool
+) -> Results:
     def branch(
-        compute: Callable[..., Leaf], check: Callable[[Any], str | None]
-    ) -> Callable[..., Leaf]:
-        def function(operands: Operands, count: jax.Array, scalars: Scalars) -> Leaf:
-            return compute(operands, _check_p.bind(count, check=check), scalars, step=step)
+        compute: Callable[..., Results], why_not: Callable[[Any], str | None]
+    ) -> Callable[..., Results]:
+        def function(operands: Operands, count: jax.Array, numbers: Hyperparameters) -> Results:
+            return compute(operands, _unless_p.bind(count, why_not=why_not), numbers, step=step)
 
         return function
 
-    half = any(x.dtype == jnp.float16 for x in operands if x is not None)
-    out: Leaf = lax.platform_dependent(
+    def branch_of(kernel: Kernel) -> Callable[..., Results]:
+        reason = kernel.why_not(operands)
+        if reason:  # the kernel cannot be traced; what stands here instead is never lowered
+            return branch(reference.update, lambda _: reason)
+        return branch(kernel.update, lambda ctx: _needs_partitioning(ctx) or kernel.why_not_here())
+
+    def no_kernel(ctx: Any) -> str:
+        platforms = "/".join(ctx.module_context.platforms)
+        return f"there is no kernel for the platform {platforms}, only for TPUs and NVIDIA GPUs"
+
+    out: Results = lax.platform_dependent(
         operands,
         count,
-        scalars,
-        tpu=branch(mosaic_tpu.leaf, lambda ctx: _NO_FLOAT16 if half else _needs_partitioning(ctx)),
-        cuda=(
-            branch(reference.leaf, lambda _: _NO_VARYING_TYPES)
-            if jax.typeof(operands.param).manual_axis_type.varying
-            else branch(mosaic_gpu.leaf, lambda ctx: _is_too_old() or _needs_partitioning(ctx))
-        ),
-        default=branch(
-            reference.leaf,
-            lambda ctx: (
-                f"there is no kernel for the platform {'/'.join(ctx.module_context.platforms)}, "
-                "only for TPUs and for NVIDIA GPUs"
-            ),
-        ),
+        numbers,
+        default=branch(reference.update, no_kernel),
+        **{platform: branch_of(kernel) for platform, kernel in KERNELS.items()},
     )
     return out
 
 
-_NO_FLOAT16 = "the TPU kernel takes float32 and bfloat16 arrays, and one of these is float16"
+_DIFFERENTIABLE = {step: _differentiable(step) for step in (False, True)}
 _NO_PARTITIONING = (
     "a kernel cannot be partitioned automatically. On a mesh with Auto axes, call the step inside "
     "jax.shard_map over all of them"
-)
-_NO_VARYING_TYPES = (
-    "Mosaic GPU kernels do not support jax.shard_map's check of varying types; pass it "
-    "check_vma=False"
 )
 
 
@@ -146,26 +162,17 @@ def _needs_partitioning(ctx: Any) -> str | None:
     return _NO_PARTITIONING
 
 
-def _is_too_old() -> str | None:
-    try:
-        devices = jax.devices("cuda")
-    except RuntimeError:  # lowering for a GPU on a machine without one
-        return None
-    capability = min(float(device.compute_capability) for device in devices)
-    if capability < 9.0:
-        return f"the kernel needs compute capability 9.0 (Hopper), and the GPU has {capability}"
-    return None
+# The identity. Lowering it fails where `why_not` gives a reason: the only way to refuse a platform
+# that is known only then.
+_unless_p = Primitive("unless")
+_unless_p.def_abstract_eval(lambda x, *, why_not: x)
 
 
-_check_p = Primitive("check_lowering")  # the identity, refused where `check` gives a reason
-_check_p.def_abstract_eval(lambda x, *, check: x)
-
-
-def _lower_check(ctx: Any, x: Any, *, check: Callable[[Any], str | None]) -> list[Any]:
-    reason = check(ctx)
+def _lower_unless(ctx: Any, x: Any, *, why_not: Callable[[Any], str | None]) -> list[Any]:
+    reason = why_not(ctx)
     if reason:
         raise _refused(reason)
     return [x]
 
 
-mlir.register_lowering(_check_p, _lower_check)
+mlir.register_lowering(_unless_p, _lower_unless)

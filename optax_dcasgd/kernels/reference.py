@@ -1,4 +1,4 @@
-"""One leaf of the DCASGD update in plain JAX: the formula, and what every kernel has to compute."""
+"""The DCASGD update of one array in plain JAX: the formula, and what every kernel computes."""
 
 from typing import Any, NamedTuple
 
@@ -6,42 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from optax_dcasgd import _trees
-from optax_dcasgd._compensation import Coefficients, Lambda, coefficients, compensate, difference
-from optax_dcasgd._stale_params import own_copy
-
-
-class Hyperparameters(NamedTuple):
-    """Everything numeric that `dcasgd` takes: scalars of one update, or schedules over updates."""
-
-    learning_rate: Any
-    momentum: Any  # μ, or None: no buffer, or (store="updates") a buffer of the last update alone
-    lamda: Any
-    decay: Any
-    eps: Any
-    clip: Any
-
-    @property
-    def compensation(self) -> Lambda:
-        """The part that says what λ is."""
-        return Lambda(self.lamda, self.decay, self.eps, self.clip)
-
-
-class Scalars(NamedTuple):
-    """The hyperparameters of one update as the formula takes them: scalars of one real dtype."""
-
-    learning_rate: Any
-    momentum: Any  # None without μ
-    compensation: Coefficients
+from optax_dcasgd._hyperparameters import Hyperparameters
+from optax_dcasgd._mathematics import compensate, scale
 
 
 class Operands(NamedTuple):
-    """The arrays of one leaf, all of the parameter's shape; ``None`` where the mode has none."""
+    """The arrays of one parameter, all of its shape; ``None`` where the mode has none."""
 
     grad: Any  # g
     param: Any  # w
     stale: Any  # w_s where the caller knows it; else it is prev, or w − w_s is momentum
     prev: Any  # the buffer that holds the last w, and is to hold this one for the next update
-    momentum: Any  # mom
+    momentum: Any  # mom; without μ (store="updates") the last update alone
     nu: Any  # ν of DC-ASGD-a
 
     @property
@@ -50,8 +26,8 @@ class Operands(NamedTuple):
         return _trees.compute_dtype(self.grad, self.param, self.momentum, self.nu)
 
 
-class Leaf(NamedTuple):
-    """The results of one leaf: the update, or the new parameter, and the new state."""
+class Results(NamedTuple):
+    """What becomes of one parameter: the update, or the new parameter, and the new state."""
 
     out: Any  # dtype of the parameter
     prev: Any  # dtype of the buffer; None without one
@@ -59,48 +35,51 @@ class Leaf(NamedTuple):
     nu: Any  # dtype of the buffer; None without one
 
 
-def scalars(hyperparams: Hyperparameters, dtype: Any) -> Scalars:
-    """Casts the hyperparameters of one update to a real dtype, each rounded once."""
-    return Scalars(
-        jnp.asarray(hyperparams.learning_rate, dtype),
-        None if hyperparams.momentum is None else jnp.asarray(hyperparams.momentum, dtype),
-        coefficients(hyperparams.compensation, dtype),
-    )
-
-
-def formula(operands: Operands, first: Any, scalars: Scalars) -> tuple[jax.Array, jax.Array | None]:
+def formula(
+    operands: Operands, fresh: Any, numbers: Hyperparameters
+) -> tuple[jax.Array, jax.Array | None]:
     """The update μ·mom − lr·g̃ and ν_t, in the dtype of the arithmetic.
 
     Args:
       operands: Arrays, or blocks of them.
-      first: Whether w_s is w although ``prev`` may say otherwise: on the first update. A bool of
-        shape ().
-      scalars: The hyperparameters, of the real dtype that belongs to that of the arithmetic.
+      fresh: Whether w_s is w: True where that is known; or, for a ``prev`` that is not meant on the
+        first update, a bool of shape ().
+      numbers: learning_rate, momentum (None: no μ), and those of `compensate`: scalars of the real
+        dtype that belongs to that of the arithmetic.
     """
     grad, param, stale, prev, momentum, nu = operands
     dtype = operands.dtype
-    if stale is not None:
-        delta = difference(param, stale, dtype)
+    if fresh is True:
+        delta = None
+    elif stale is not None:
+        delta = param.astype(dtype) - stale.astype(dtype)
     elif prev is not None:
-        delta = jnp.where(first, 0, param.astype(dtype) - prev.astype(dtype))
+        delta = jnp.where(fresh, 0, param.astype(dtype) - prev.astype(dtype))
     else:
         delta = momentum.astype(dtype)
     nu = None if nu is None else nu.astype(_trees.real_dtype(dtype))
-    compensated, nu = compensate(grad.astype(dtype), delta, nu, scalars.compensation)
-    update = -scalars.learning_rate * compensated
-    if scalars.momentum is not None and momentum is not None:
-        update += scalars.momentum * momentum.astype(dtype)
+    compensated, nu = compensate(grad.astype(dtype), delta, nu, numbers)
+    update = scale(compensated, -numbers["learning_rate"])
+    if numbers["momentum"] is not None and momentum is not None:
+        update += scale(momentum.astype(dtype), numbers["momentum"])
     return update, nu
 
 
-def block(operands: Operands, first: Any, scalars: Scalars, *, step: bool) -> Leaf:
+def block(operands: Operands, fresh: Any, numbers: Hyperparameters, *, step: bool) -> Results:
     """The results of a kernel for blocks of the operands, in the dtype of the arithmetic."""
-    update, nu = formula(operands, first, scalars)
+    update, nu = formula(operands, fresh, numbers)
     out = operands.param.astype(operands.dtype) + update if step else update
-    return Leaf(out, operands.param, update, nu)
+    return Results(out, operands.param, update, nu)
 
 
-def leaf(operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool) -> Leaf:
+def update(
+    operands: Operands,
+    count: jax.Array,
+    numbers: Hyperparameters,
+    *,
+    step: bool,
+    fresh: bool = False,
+) -> Results:
     """MXNet's rule for one array, in at least float32, in place where its arguments are donated.
 
         g̃ = g + λ_t·g²·(w − w_s);   mom' = μ·mom − lr·g̃;   w' = w + mom';   prev' = w
@@ -127,27 +106,29 @@ def leaf(operands: Operands, count: jax.Array, scalars: Scalars, *, step: bool) 
     Args:
       operands: The arrays.
       count: The number of updates so far, int32.
-      scalars: The hyperparameters of this update, as `formula` takes them.
+      numbers: The hyperparameters of this update, as `formula` takes them.
       step: Whether ``out`` is w' (one rounding less than ``w + update``) or the update.
+      fresh: Whether w_s is known to be w.
     """
+    operands = Operands(*(None if x is None else jnp.asarray(x) for x in operands))
     _, param, _, prev, momentum, nu = operands
     dtype = operands.dtype
-    update, new_nu = formula(operands, count == 0, scalars)
-    if prev is None and momentum is not None and scalars.momentum is None:
-        update = jnp.where(count >= 0, update, momentum.astype(dtype))  # for mom' to be in place
-    new_momentum = None if momentum is None else update.astype(momentum.dtype)
+    change, new_nu = formula(operands, fresh or count == 0, numbers)
+    if prev is None and momentum is not None and numbers["momentum"] is None:
+        change = jnp.where(count >= 0, change, momentum.astype(dtype))  # for mom' to be in place
+    new_momentum = None if momentum is None else change.astype(momentum.dtype)
     base, after = param, jnp.zeros((), dtype)
     if prev is not None:
-        prev = own_copy(count, param, update.astype(prev.dtype))
+        prev = _trees.own_copy(count, param, change.astype(prev.dtype))
         if step:
             base = prev
         else:
             after = prev.astype(dtype)
     # XLA's CPU compiler is slow at a bare w + mom' of four dimensions, and fast where it is fused
     # with anything, such as this select.
-    update = jnp.where(count >= 0, update, after)
-    out = base.astype(dtype) + update if step else update
-    return Leaf(
+    change = jnp.where(count >= 0, change, after)
+    out = base.astype(dtype) + change if step else change
+    return Results(
         out.astype(param.dtype),
         prev,
         new_momentum,

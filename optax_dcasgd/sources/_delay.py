@@ -12,13 +12,13 @@ from optax_dcasgd import _arguments, _trees
 
 
 class DelayGradientsState(NamedTuple):
-    """State of `delay_gradients`: a ring buffer a leaf, as long as that leaf's delay."""
+    """State of `delay_gradients`: a ring buffer a parameter, as long as its delay."""
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=int32: updates so far
-    # Like params, one more axis in front; optax.MaskedNode() for a leaf whose delay is 0.
+    # Like params, one more axis in front; optax.MaskedNode() for a parameter whose delay is 0.
     grads: Any  # the gradients that are still to be applied
-    params: Any  # the parameters they were computed at
     inner_state: Any
+    params: Any  # the parameters they were computed at
 
 
 def delay_gradients(
@@ -28,9 +28,9 @@ def delay_gradients(
 
     At update t, ``inner.update`` receives the gradient g_{t−d}, the current parameters w_t, and the
     extra arguments ``stale_params=w_{t−d}`` and ``staleness=d``. So
-    ``delay_gradients(dcasgd(..., store=None), d)`` trains with compensated gradients d updates
-    old, and ``delay_gradients(optax.sgd(...), d)`` with uncorrected ones: what asynchronous workers
-    or a pipeline would do, in one process.
+    ``delay_gradients(optax.sgd(...), d)`` trains with gradients d updates old: what asynchronous
+    workers or a pipeline would do, in one process. With a rule in the chain, or
+    ``dcasgd(..., store=None)`` for ``optax.sgd``, they are compensated.
 
     Args:
       inner: Any Optax optimizer.
@@ -39,11 +39,10 @@ def delay_gradients(
         state keeps d gradients and d copies of a parameter, in its dtype.
 
         * An integer: the first d updates are zero and leave the state of ``inner`` untouched.
-          With 0, ``inner`` itself is returned, which is told nothing: if it needs them (with
-          ``store=None``, `robust`, `scale_by_staleness`), the caller of ``update`` has to say
-          ``stale_params=params, staleness=0``.
-        * A tree: ``inner`` runs from the start. A leaf whose history is not yet full gives it a
-          zero gradient, its current value as ``stale_params``, and gets a zero update.
+          With 0, ``inner`` runs on fresh gradients, bit for bit, told ``stale_params=params`` and
+          ``staleness=0``.
+        * A tree: ``inner`` runs from the start. A parameter whose history is not yet full gives it
+          a zero gradient, its current value as ``stale_params``, and gets a zero update.
           ``staleness`` is the tree of delays.
 
     Returns:
@@ -80,8 +79,6 @@ def delay_gradients(
         raise TypeError("delay must be an integer or a tree of integers; got None.")
     for path, leaf in jax.tree_util.tree_flatten_with_path(delay)[0]:
         _arguments.check_integer(f"delay{jax.tree_util.keystr(path)}", leaf, minimum=0)
-    if uniform and delay == 0:
-        return inner
 
     def init_fn(params: optax.Params) -> DelayGradientsState:
         _trees.check_params(params)
@@ -95,8 +92,8 @@ def delay_gradients(
         return DelayGradientsState(
             count=jnp.zeros((), jnp.int32),
             grads=jax.tree.map(_trees.zeros_like, history),
-            params=history,
             inner_state=inner.init(params),
+            params=history,
         )
 
     def update_fn(
@@ -115,6 +112,17 @@ def delay_gradients(
         delays = _trees.broadcast_prefix("delay", delay, params)
         _trees.check_state(params, state.params, stacked=True)
         jax.tree_util.tree_map_with_path(_check_length, delays, state.params)
+        if uniform and delay == 0:
+            updates, inner_state = inner.update(
+                updates,
+                state.inner_state,
+                params,
+                stale_params=computed_at,
+                staleness=staleness,
+                **extra_args,
+            )
+            count = optax.safe_increment(state.count)
+            return updates, state._replace(count=count, inner_state=inner_state)
         updates = jax.tree.map(
             lambda grad, param: jax.tree.map(jnp.zeros_like, param) if grad is None else grad,
             updates,
@@ -149,7 +157,7 @@ def delay_gradients(
         )
 
         def once_full(update: Any, age: int) -> Any:
-            return jnp.where(state.count >= age, update, jnp.zeros_like(update))
+            return jnp.where(state.count >= age, update, jnp.zeros_like(update)) if age else update
 
         if uniform:
             inner_state = jax.tree.map(
@@ -160,15 +168,15 @@ def delay_gradients(
         return jax.tree.map(once_full, new_updates, delays), DelayGradientsState(
             count=optax.safe_increment(state.count),
             grads=grads,
-            params=history,
             inner_state=inner_state,
+            params=history,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _check_length(path: Any, age: int, history: Any) -> None:
-    """Checks that a leaf of the state holds so many updates."""
+    """Checks that the ring buffer of a parameter is as long as its delay."""
     length = jnp.shape(history)[0] if jax.tree.leaves(history) else 0
     if length != age:
         raise ValueError(

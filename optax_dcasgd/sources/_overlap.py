@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from optax_dcasgd import _arguments, _trees
 
@@ -19,6 +20,9 @@ class OverlapReductionState(NamedTuple):
     # mesh axis outside of it, where each device's entry is its own.
     grads: Any  # the local gradients of the last update, which are still to be reduced
     inner_state: Any
+    # Like params: where the caller said that `grads` were computed. The default is the partition
+    # spec of replicated parameters, so that the specs of a state can be written without it.
+    stale_params: Any = PartitionSpec()
 
 
 def overlap_reduction(
@@ -39,14 +43,20 @@ def overlap_reduction(
 
     The sum depends on nothing that step t computes, so the compiler is free to run it while step t
     computes its gradients; the sum of a synchronous step depends on all of them. What this costs
-    is that :math:`\bar g_{t-1}` is exactly one update old. That is the staleness which `dcasgd` and
-    `add_delay_compensation` correct by themselves, from what they remember::
+    is that :math:`\bar g_{t-1}` is exactly one update old. ``inner`` is told ``staleness=1``. What
+    its rules compare the parameters with, it remembers by itself::
 
         tx = overlap_reduction(dcasgd(0.1, momentum=0.9, lamda=2.0, store="updates"), "data")
+        sgd = optax.sgd(0.1, momentum=0.9)
+        tx = overlap_reduction(
+            remember_params(optax.chain(robust_delay_compensation(), sgd)), "data")
+
+    Gradients that are computed elsewhere than at the current parameters (at predicted ones, see
+    `predict_params`) are passed with ``update(..., stale_params=tree)``. It is kept, and handed to
+    ``inner`` together with these gradients, one update later. Pass it at every step or at none.
 
     Args:
-      inner: Any Optax optimizer. Its delay compensation, if any, has to remember the parameters
-        itself (any ``store`` but None); ``staleness=1`` is passed on to it.
+      inner: Any Optax optimizer.
       axis_name: The mesh axis, or axes, over which the batch is split.
       reduction: ``reduction(grads, axis_name)`` is the mean over devices of a tree of local
         gradients: a ``jax.lax.pmean`` of bfloat16, say, or one made of ``jax.lax.ppermute``.
@@ -56,7 +66,8 @@ def overlap_reduction(
       ``axis_name``. ``update`` takes the local gradients, in place of their mean. The first update
       is zero and leaves the state of ``inner`` untouched.
 
-      The state keeps one gradient a device, in the dtype of the parameters. Its partition specs are
+      The state keeps one gradient a device, and a copy of the parameters for ``stale_params``, both
+      in the dtype of the parameters. Its partition specs are
       ``OverlapReductionState(count=P(), grads=P(axis_name), inner_state=P())`` where the parameters
       are replicated. Other extra arguments reach ``inner`` as they are. A gradient that is
       ``None`` counts as zero.
@@ -65,8 +76,8 @@ def overlap_reduction(
       TypeError: If ``inner`` is no transformation, ``reduction`` no function, or a parameter is an
         integer array.
       ValueError: If ``axis_name`` is no axis of a surrounding ``jax.shard_map``; in ``update``, if
-        the gradients have been summed over the axis already, if ``stale_params`` is passed, if
-        ``params`` is missing or a tree does not fit it. (Under ``shard_map`` with
+        the gradients have been summed over the axis already, if ``stale_params`` differs between
+        devices, if ``params`` is missing or a tree does not fit it. (Under ``shard_map`` with
         ``check_vma=True``, its default, ``jax.grad`` with respect to replicated parameters sums
         over the devices by itself. ``jax.lax.pcast(params, axis_name, to="varying")`` gives the
         parameters to differentiate at.)
@@ -119,7 +130,16 @@ def overlap_reduction(
             count=jnp.zeros((), jnp.int32),
             grads=jax.tree.map(zeros, params),
             inner_state=inner.init(params),
+            stale_params=_trees.copy(params),
         )
+
+    def keep_params(path: Any, stale: Any, kept: Any) -> Any:
+        if _varies(stale, axis_name) and not _varies(kept, axis_name):
+            raise ValueError(
+                f"stale_params{jax.tree_util.keystr(path)} differs between the devices of the axis "
+                f"{axis_name!r}. Pass the replicated parameters, from before jax.lax.pcast."
+            )
+        return jnp.array(stale, kept.dtype)
 
     def update_fn(
         updates: optax.Updates,
@@ -133,12 +153,12 @@ def overlap_reduction(
         _check_axis(axis_name)
         _trees.check_updates(updates, params)
         _trees.check_state(params, state.grads, stacked=True)
+        _trees.check_state(params, state.stale_params, same_dtype=True)
+        kept_params = state.stale_params
         if stale_params is not None:
-            raise ValueError(
-                "stale_params cannot be passed through overlap_reduction, which applies the "
-                "gradient of the update before. Let the compensation remember the parameters "
-                "itself: store='params' or store='updates'."
-            )
+            extra_args["stale_params"] = kept_params
+            stale_params = _trees.align("stale_params", stale_params, params)
+            kept_params = jax.tree_util.tree_map_with_path(keep_params, stale_params, kept_params)
 
         def keep(path: Any, grad: Any, param: Any, kept: Any) -> Any:
             if grad is None:
@@ -168,6 +188,7 @@ def overlap_reduction(
                 inner_state=jax.tree.map(
                     lambda new, old: jnp.where(started, new, old), inner_state, state.inner_state
                 ),
+                stale_params=kept_params,
             ),
         )
 
