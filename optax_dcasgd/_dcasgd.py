@@ -171,10 +171,10 @@ def fused_dcasgd(
     TPU, by XLA            in place                               in place
     TPU, Pallas            in place                               arrays are copied
     GPU                    not measured                           not measured
-    CPU                    in place with momentum, and with       ``(state, params)``: in place with
-                           ``store="updates"``; a temporary       momentum, ``store="params"`` and
-                           a parameter without, or in bfloat16    no ``decay``; otherwise arrays are
-                           on JAX 0.10                            copied
+    CPU                    in place with momentum, and with       arrays are copied
+                           ``store="updates"``; a temporary
+                           a parameter without, or in bfloat16
+                           on JAX 0.10
     =====================  =====================================  ==================================
 
     Args:
@@ -299,9 +299,7 @@ def _make(
             """What becomes of a parameter without a gradient, or of all below such a node."""
             _, param, _, prev, buffer, nu = row
             if prev is not None:
-                prev = jax.tree.map(
-                    lambda old, w: _trees.own_copy(state.count, w, old), prev, param
-                )
+                prev = _trees.renew(state.count, param, prev)
             if momentum is None and buffer is not None:  # the last update
                 buffer = jax.tree.map(jnp.zeros_like, buffer)
             return Results(param if step else None, prev, buffer, nu)

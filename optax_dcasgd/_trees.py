@@ -332,6 +332,16 @@ def own_copy(count: jax.Array, x: Any, like: jax.Array) -> jax.Array:
     return jnp.where(count >= 0, jnp.asarray(x, like.dtype), like)
 
 
+@jax.jit  # traced once a shape, and XLA sees no difference
+def _own_copy(count: jax.Array, x: Any, like: Any) -> Any:
+    return own_copy(count, x, like)
+
+
+def renew(count: jax.Array, params: Any, remembered: Any) -> Any:
+    """Copies of the parameters, in the dtypes and the place of those that are remembered."""
+    return jax.tree.map(lambda old, w: _own_copy(count, w, old), remembered, params)
+
+
 def is_narrow(dtype: Any) -> bool:
     """Whether it is a floating-point dtype of less than 32 bits."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32

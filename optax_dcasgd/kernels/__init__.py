@@ -54,7 +54,7 @@ from optax_dcasgd.kernels.reference import Operands, Results
 __all__ = ["IMPLEMENTATIONS", "Operands", "Results", "check_implementation", "update"]
 
 # Jitted, so that arrays of one shape are traced once; inlined, so that XLA sees no difference.
-_update_by_xla = jax.jit(reference.update, static_argnames=("step", "fresh"), inline=True)
+_update_by_xla = jax.jit(reference.update, static_argnames=("step", "fresh"))
 
 
 def _by_xla(operands: Operands, *args: Any, step: bool) -> Results:

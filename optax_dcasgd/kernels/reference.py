@@ -84,10 +84,9 @@ def update(
 
         g̃ = g + λ_t·g²·(w − w_s);   mom' = μ·mom − lr·g̃;   w' = w + mom';   prev' = w
 
-    In a donated step w' takes the buffer of w, prev' that of prev, mom' that of mom (or, where the
-    caller returns the state first, w' that of mom, prev' that of w, mom' that of prev). XLA writes
-    all three in place if whatever reads a buffer comes before what is written there; where the
-    order is open, it copies the buffer first. So the order is made a matter of data:
+    In a donated step w' takes the buffer of w, prev' that of prev, mom' that of mom. XLA writes all
+    three in place if everything that reads a buffer comes before what is written there; where the
+    order is open, it copies the buffer first. So data dependences fix the order:
 
         mom'   = ...                     reads w and prev
         prev'  = count ≥ 0 ? w : mom'    after mom'; reads w
@@ -97,11 +96,11 @@ def update(
 
         update = count ≥ 0 ? mom' : prev'    after prev'
 
-    The predicate is always true, but the compiler cannot know: it may neither put w for prev' (then
-    w' would read w, which prev' may have been written over), nor drop the operand that is never
-    taken and that only says "after". On a CPU that makes three passes without a copy; a TPU fuses
-    all of it into one pass that reads and writes each array once. Without a momentum buffer two
-    arrays are written from three that are all read, and a CPU needs a temporary.
+    The predicate is always true, but the compiler cannot know: it may neither put w for prev' (w'
+    would then read w again), nor drop the operand that is never taken and only says "after". On a
+    CPU that makes three passes without a copy; a TPU fuses all of it into one pass that reads and
+    writes each array once. Without a momentum buffer two arrays are written from three that are all
+    read, and a CPU needs a temporary.
 
     Args:
       operands: The arrays.
@@ -124,8 +123,8 @@ def update(
             base = prev
         else:
             after = prev.astype(dtype)
-    # XLA's CPU compiler is slow at a bare w + mom' of four dimensions, and fast where it is fused
-    # with anything, such as this select.
+    # XLA's CPU compiler is slow at a bare w + mom' of four dimensions, and fast where the sum is
+    # fused with another operation, such as this select.
     change = jnp.where(count >= 0, change, after)
     out = base.astype(dtype) + change if step else change
     return Results(

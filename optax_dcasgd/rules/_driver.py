@@ -142,7 +142,7 @@ def apply(
 
 
 # Jitted, so that parameters of one shape are traced once; inlined, so that XLA sees no difference.
-@functools.partial(jax.jit, static_argnums=0, inline=True)
+@functools.partial(jax.jit, static_argnums=0)
 def _apply_to_array(
     rule: Rule, grad: Any, param: Any, stale: Any, nu: Any, numbers: Hyperparameters
 ) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """`scale_by_gap`: Gap-Aware, a shorter step where the parameters have moved far."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -101,16 +102,12 @@ def scale_by_gap(
         first = state.count == 0
 
         def observe(param: Any, prev: Any, nu: Any) -> Any:
-            dtype = _trees.compute_dtype(param, nu)
-            real = _trees.real_dtype(dtype)
-            step = jnp.abs(jnp.asarray(param, dtype) - jnp.asarray(prev, dtype))
-            step = jnp.where(first, 0, step)
-            return moving_average(jnp.square(step), nu.astype(real), cast(now, real)).astype(
-                nu.dtype
-            )
+            real = _trees.real_dtype(_trees.compute_dtype(param, nu))
+            return _observe(first, param, prev, nu, numbers_in(real))
 
+        numbers_in = functools.cache(lambda dtype: cast(now, dtype))
         nu = jax.tree.map(observe, params, state.prev_params, state.nu)
-        numbers = cast(now, state.weight.dtype)  # 1 − ρ^t, for a ρ that changes too
+        numbers = numbers_in(state.weight.dtype)  # 1 − ρ^t, for a ρ that changes too
         weight = jnp.where(first, 0, numbers["decay"] * state.weight + numbers["1 - decay"])
         updates, _ = apply(
             _divide_by_gap, updates, params, stale_params, nu, now | {"weight": weight}
@@ -118,13 +115,20 @@ def scale_by_gap(
         return updates, ScaleByGapState(
             count=optax.safe_increment(state.count),
             nu=nu,
-            prev_params=jax.tree.map(
-                lambda prev, w: _trees.own_copy(state.count, w, prev), state.prev_params, params
-            ),
+            prev_params=_trees.renew(state.count, params, state.prev_params),
             weight=weight,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@jax.jit  # as in the driver of rules
+def _observe(first: Any, param: Any, prev: Any, nu: Any, numbers: Hyperparameters) -> Any:
+    """The moving average of the squared steps; the first call sees none."""
+    dtype = _trees.compute_dtype(param, nu)
+    step = jnp.where(first, 0, jnp.abs(jnp.asarray(param, dtype) - jnp.asarray(prev, dtype)))
+    average = moving_average(jnp.square(step), nu.astype(step.dtype), numbers)
+    return average.astype(nu.dtype)
 
 
 def _divide_by_gap(

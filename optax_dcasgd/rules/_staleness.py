@@ -1,5 +1,6 @@
 """`scale_by_staleness`: a shorter step for an older gradient."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -81,14 +82,17 @@ def scale_by_staleness(power: ScalarOrSchedule = 1.0) -> optax.GradientTransform
             state = ScaleByStalenessState(optax.safe_increment(state.count))
 
         def scale(update: Any, age: Any) -> Any:
-            dtype = _trees.compute_dtype(update)
-            real = _trees.real_dtype(dtype)
-            factor = jnp.maximum(as_dtype(age, real), 1) ** as_dtype(power_now, real)
-            return (jnp.asarray(update, dtype) / factor.astype(dtype)).astype(
-                _trees.dtype_of(update)
-            )
+            real = _trees.real_dtype(_trees.compute_dtype(update))
+            return _divide(update, as_dtype(age, real), as_dtype(power_now, real))
 
         ages = _trees.broadcast_prefix("staleness", staleness, updates)
         return jax.tree.map(scale, updates, ages), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@jax.jit  # as in the driver of rules
+def _divide(update: Any, age: Any, power: Any) -> Any:
+    dtype = _trees.compute_dtype(update)
+    factor = jnp.maximum(age, 1) ** power
+    return (jnp.asarray(update, dtype) / factor.astype(dtype)).astype(_trees.dtype_of(update))

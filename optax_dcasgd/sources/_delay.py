@@ -1,5 +1,6 @@
 """`delay_gradients`: run any optimizer under a known delay."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -131,18 +132,9 @@ def delay_gradients(
         )
 
         def exchange(grad: Any, param: Any, at: Any, age: int, grads: Any, history: Any) -> Any:
-            """Takes the oldest entry out of both rings and puts the newest in its place."""
             if not age:  # no delay, or no parameter
                 return grad, at, grads, history
-            slot, full = state.count % age, state.count >= age
-            due = lax.dynamic_index_in_dim(grads, slot, 0, keepdims=False)
-            due_at = lax.dynamic_index_in_dim(history, slot, 0, keepdims=False)
-            return (
-                jnp.where(full, due, jnp.zeros_like(due)),
-                jnp.where(full, due_at, jnp.asarray(param, due_at.dtype)),
-                lax.dynamic_update_index_in_dim(grads, jnp.asarray(grad, grads.dtype), slot, 0),
-                lax.dynamic_update_index_in_dim(history, jnp.asarray(at, history.dtype), slot, 0),
-            )
+            return _exchange(state.count, grad, param, at, grads, history)
 
         due, due_at, grads, history = _trees.map_leaves(
             exchange, 4, updates, params, computed_at, delays, state.grads, state.params
@@ -157,7 +149,7 @@ def delay_gradients(
         )
 
         def once_full(update: Any, age: int) -> Any:
-            return jnp.where(state.count >= age, update, jnp.zeros_like(update)) if age else update
+            return _zero_unless(state.count >= age, update) if age else update
 
         if uniform:
             inner_state = jax.tree.map(
@@ -173,6 +165,27 @@ def delay_gradients(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# Jitted, so that parameters of one shape are traced once; inlined, so that XLA sees no difference.
+@jax.jit
+def _exchange(count: Any, grad: Any, param: Any, at: Any, grads: Any, history: Any) -> Any:
+    """Takes the oldest entry out of both ring buffers and puts the newest in its place."""
+    age = grads.shape[0]
+    slot, full = count % age, count >= age
+    due = lax.dynamic_index_in_dim(grads, slot, 0, keepdims=False)
+    due_at = lax.dynamic_index_in_dim(history, slot, 0, keepdims=False)
+    return (
+        jnp.where(full, due, jnp.zeros_like(due)),
+        jnp.where(full, due_at, jnp.asarray(param, due_at.dtype)),
+        lax.dynamic_update_index_in_dim(grads, jnp.asarray(grad, grads.dtype), slot, 0),
+        lax.dynamic_update_index_in_dim(history, jnp.asarray(at, history.dtype), slot, 0),
+    )
+
+
+@jax.jit
+def _zero_unless(full: Any, update: Any) -> Any:
+    return jnp.where(full, update, jnp.zeros_like(update))
 
 
 def _check_length(path: Any, age: int, history: Any) -> None:

@@ -151,7 +151,7 @@ def remember_params(
 def _one_copy(state: RememberParamsState, params: Any) -> tuple[Any, Any, RememberParamsState]:
     """w_s, τ and the new memory: the parameters of the previous call."""
     stale = jax.tree.map(functools.partial(_unless_first, state.count), state.prev_params, params)
-    memory = jax.tree.map(functools.partial(_renew, state.count), state.prev_params, params)
+    memory = _trees.renew(state.count, params, state.prev_params)
     return stale, jnp.minimum(state.count, 1), state._replace(prev_params=memory)
 
 
@@ -183,22 +183,18 @@ def _backups(
     return stale, state.count - state.pulled_at[worker], memory
 
 
-@functools.partial(jax.jit, inline=True)
+# Jitted, so that parameters of one shape are traced once; inlined, so that XLA sees no difference.
+@jax.jit
 def _unless_first(count: jax.Array, remembered: Any, param: Any) -> Any:
     return jnp.where(count == 0, jnp.asarray(param, remembered.dtype), remembered)
 
 
-@functools.partial(jax.jit, inline=True)
-def _renew(count: jax.Array, remembered: Any, param: Any) -> Any:
-    return _trees.own_copy(count, param, remembered)
-
-
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def _row(stacked: Any, index: Any) -> Any:
     return lax.dynamic_index_in_dim(stacked, index, 0, keepdims=False)
 
 
-@functools.partial(jax.jit, inline=True)
+@jax.jit
 def _fill_row(last_worker: jax.Array, backups: Any, param: Any) -> Any:
     """Writes the parameters into the backup of the last worker; nowhere if there was none."""
     num_workers = backups.shape[0]
