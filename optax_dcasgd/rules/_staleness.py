@@ -1,6 +1,5 @@
 """`scale_by_staleness`: a shorter step for an older gradient."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax

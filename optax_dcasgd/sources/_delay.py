@@ -1,6 +1,5 @@
 """`delay_gradients`: run any optimizer under a known delay."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
