@@ -116,22 +116,27 @@ def train(
     leaf. On an interrupt (Ctrl-C) a checkpoint is written and the actors are stopped.
 
     Examples:
+      (Marked so that doctest does not start Ray; a test marked ``ray`` runs it.)
+
       >>> import jax, jax.numpy as jnp, optax
       >>> from optax_dcasgd import add_delay_compensation, parameter_server
       >>> grad_fn = jax.value_and_grad(lambda w, x, key: jnp.mean((x @ w - x.sum(-1)) ** 2))
       >>> tx = optax.chain(add_delay_compensation(0.1, store=None), optax.sgd(0.05))
       >>> batches = jax.random.normal(jax.random.key(0), (200, 32, 3))
-      >>> result = parameter_server.train(
-      ...   grad_fn, jnp.zeros(3), tx, batches, num_workers=2, num_updates=200, progress=False
+      >>> options = dict(num_workers=2, num_updates=200, progress=False)
+      >>> result = parameter_server.train(  # doctest: +SKIP
+      ...   grad_fn, jnp.zeros(3), tx, batches, **options
       ... )
-      >>> print(result.params.round(2), len(result.history.staleness))
+      >>> print(result.params.round(2), len(result.history.staleness))  # doctest: +SKIP
       [1. 1. 1.] 200
 
       The same order again, as one compiled loop:
 
       >>> from optax_dcasgd import simulation
-      >>> replayed = simulation.run(grad_fn, jnp.zeros(3), tx, batches, result.arrivals)
-      >>> print(jnp.abs(replayed.params - result.params).max() < 1e-6)
+      >>> replayed = simulation.run(  # doctest: +SKIP
+      ...   grad_fn, jnp.zeros(3), tx, batches, result.arrivals
+      ... )
+      >>> print(jnp.abs(replayed.params - result.params).max() < 1e-6)  # doctest: +SKIP
       True
 
     References:
