@@ -60,7 +60,7 @@ class Calls:
         self._calls[self._actors[index].gradient.remote(batch, message)] = index
 
     def wait(self, seconds: float) -> list[tuple[int, News]]:
-        """Returns what has come, in that order; waits for the first if there is none yet."""
+        """Returns what has come, by the order of its tasks; waits, but no longer than this."""
         if not self._calls:
             time.sleep(min(seconds, _ASK_AGAIN))
             return []

@@ -1,4 +1,4 @@
-"""The driver, which runs where `train` is called: it starts the actors and watches over them."""
+"""The driver, which runs where `train` is called: it starts the actors and restarts what died."""
 
 import collections
 import contextlib
@@ -231,7 +231,7 @@ class Driver:
 
 
 def _add_to_runtime_env(options: Mapping[str, Any], environment: dict[str, str]) -> Any:
-    """The user's runtime environment, with variables that he has not set."""
+    """The user's runtime environment, with variables that it does not set."""
     given = options.get("runtime_env") or {}
     return {**given, "env_vars": {**environment, **given.get("env_vars", {})}}
 

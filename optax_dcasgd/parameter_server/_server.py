@@ -1,9 +1,9 @@
 """The server: it owns the parameters and the optimizer's state, and runs the loop of training.
 
 It sends each idle worker a batch and the newest parameters as one call, whose answer is the
-gradient: a pull and the next push are one round trip. The server applies the answers that have come
-one after another, in the order in which they came, together with those that come meanwhile. It
-sends the parameters out once after all of them.
+gradient: a pull and the next push are one round trip. Answers that have come together are applied
+one after another, in the order in which their tasks were sent. Then come those that arrived
+meanwhile. Only after that the server packs the parameters, once for all workers that are idle.
 
 Only one thread ever works here. The driver calls `advance` again and again. Between two calls it
 can have a checkpoint written, workers attached or retired, and the run stopped.
@@ -206,7 +206,7 @@ class Server:
     # Update.
 
     def _apply(self) -> None:
-        """Applies what may be applied, in the order in which it came."""
+        """Applies what may be applied; what came first goes first."""
         if self._options.mode == "sync":
             if pushes := self._book.whole_round():
                 self._apply_round(pushes)
