@@ -20,8 +20,9 @@ from optax_dcasgd.parameter_server import (
     _server,
     _worker,
 )
-from optax_dcasgd.parameter_server._book import Book
+from optax_dcasgd.parameter_server._book import Book, Push
 from optax_dcasgd.parameter_server._transport import Layout
+from optax_dcasgd.parameter_server._update import Version
 
 # The bound on staleness.
 
@@ -50,23 +51,17 @@ def test_the_bound_allows_exactly_what_can_be_kept():
 @pytest.mark.parametrize("limit", [0, 1, 2, 5])
 def test_nobody_waits_for_ever(limit):
     """Workers of random speed: the bound is kept, and there is always something to do."""
-    draw = random.Random(limit)
-    version, pulled, waiting, idle = 0, [], [], 6
+    draw, book, version, idle = random.Random(limit), Book(limit), 0, set(range(6))
     for _ in range(2000):
-        while idle and _bound.may_pull([version - v for v in waiting + pulled], limit):
-            pulled.append(version)
-            idle -= 1
-        assert pulled or waiting
-        if pulled and draw.random() < 0.7:
-            waiting.append(pulled.pop(draw.randrange(len(pulled))))
-        while waiting:
-            staleness = [version - v for v in waiting + pulled]
-            may = [i for i in range(len(waiting)) if _bound.may_apply(staleness, i, limit)]
-            if not may:
-                assert pulled  # what it waits for is under way
-                break
-            assert version - waiting.pop(may[0]) <= limit
-            version, idle = version + 1, idle + 1
+        while idle and book.may_pull(version):
+            book.pull(idle.pop(), Version(version, b"", None), is_alone=False)
+        assert not book.is_empty()
+        if book.computing() and draw.random() < 0.7:
+            book.push(Push(book.answered(draw.choice(book.computing())), 0.0, 0.0, b""))
+        while push := book.next_push(version):
+            assert version - push.pull.version.number <= limit
+            version += 1
+            idle.add(push.pull.worker)
     assert version > 200
 
 
@@ -180,7 +175,7 @@ def test_what_is_under_way_is_computed_again_after_a_restart():
     book = book_with_dropped(0, worker=0)
     for worker in (0, 1):
         book.pull(worker, None, is_alone=False)
-    book.push(_server.Push(book.answered(1), 0.0, 0.0, b""))
+    book.push(Push(book.answered(1), 0.0, 0.0, b""))
     book.pull(1, None, is_alone=False)
     restored = Book(None)
     restored.restore(book.to_save())

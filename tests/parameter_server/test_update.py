@@ -79,8 +79,13 @@ def test_random_keys_as_data():
 
 
 def updater(tx, params=PARAMS):
+    """The update, and what makes of a tree a gradient for it."""
     layout = Layout(jax.tree.map(np.asarray, params))
-    return Update(tx, params, (layout, layout, layout)), layout
+
+    def gradient(grads, version, worker=0, staleness=0):
+        return Gradient(layout.pack(jax.tree.leaves(grads)), version, worker, staleness)
+
+    return Update(tx, params, (layout, layout, layout)), gradient
 
 
 def pushes(num, params=PARAMS):
@@ -106,13 +111,12 @@ BOTH_SIZES = pytest.mark.parametrize("params", [PARAMS, LARGE], ids=["small", "l
 @pytest.mark.usefixtures("without_ray")
 def test_updates_are_algorithm_2(params):
     """Against float64, with stale parameters that are what was published."""
-    update, layout = updater(dcasgd(0.1, 0.9, 2.0, decay=0.9, store=None), params)
+    update, gradient = updater(dcasgd(0.1, 0.9, 2.0, decay=0.9, store=None), params)
     optimizer = reference.DCASGD(lr=0.1, momentum=0.9, lamda=2.0, decay=0.9)
     versions, published = [reference.wide(params)], [update.publish(0)]
     for t, grads in enumerate(pushes(12, params=params)):
         version = max(0, t - t % 4)
-        packed = layout.pack(jax.tree.leaves(grads))
-        update.apply([Gradient(packed, published[version], 0, t - version)])
+        update.apply([gradient(grads, published[version], staleness=t - version)])
         published.append(update.publish(t + 1))
         change = optimizer(reference.wide(grads), w=versions[-1], w_s=versions[version])
         versions.append(reference.add(versions[-1], change))
@@ -135,12 +139,9 @@ def test_several_at_once_are_one_by_one_to_the_bit(tx, params):
     """However the gradients that have come are grouped."""
     results = []
     for groups in ([1] * 20, [2, 3, 1, 8, 6], [20]):
-        update, layout = updater(TXS[tx], params)
-        first = update.publish(0)
-        grads = [
-            Gradient(layout.pack(jax.tree.leaves(g)), first, i % 3, i)
-            for i, g in enumerate(pushes(20, params=params))
-        ]
+        update, gradient = updater(TXS[tx], params)
+        first, twenty = update.publish(0), enumerate(pushes(20, params=params))
+        grads = [gradient(g, first, i % 3, i) for i, g in twenty]
         for size in groups:
             update.apply(grads[:size])
             del grads[:size]
@@ -154,20 +155,19 @@ def test_the_order_of_gradients_matters():
     """So that the test above would see a change of it."""
     finals = []
     for order in (1, -1):
-        update, layout = updater(TXS["dcasgd"])
+        update, gradient = updater(TXS["dcasgd"])
         first = update.publish(0)
-        packed = [layout.pack(jax.tree.leaves(g)) for g in pushes(3)]
-        update.apply([Gradient(p, first, 0, i) for i, p in enumerate(packed[::order])])
+        update.apply([gradient(g, first) for g in pushes(3)[::order]])
         finals.append(update.params_to_host()[1])
     assert not np.array_equal(*finals)
 
 
 def test_published_versions_do_not_change_with_later_updates():
-    update, layout = updater(optax.sgd(0.1))
+    update, gradient = updater(optax.sgd(0.1))
     version = update.publish(0)
     before = jax.tree.map(np.array, version.params), bytes(version.message)
     for grads in pushes(5):
-        update.apply([Gradient(layout.pack(jax.tree.leaves(grads)), version, 0, 0)])
+        update.apply([gradient(grads, version)])
     chex.assert_trees_all_equal(version.params, before[0])
     assert version.message == before[1] != update.publish(5).message
 
@@ -175,20 +175,19 @@ def test_published_versions_do_not_change_with_later_updates():
 def test_compensation_is_relative_to_the_gradient():
     lamda, rate = 3.0, 0.3
     tx = optax.chain(add_delay_compensation(lamda, store=None), optax.sgd(rate, momentum=0.9))
-    update, layout = updater(tx)
-    first = update.publish(0)
-    packed = [layout.pack(jax.tree.leaves(grads)) for grads in pushes(4)]
-    update.apply([Gradient(p, first, 0, i) for i, p in enumerate(packed[:3])])
-    params, grads = update.publish(3).params, pushes(4)[3]
+    update, gradient = updater(tx)
+    first, (*earlier, grads) = update.publish(0), pushes(4)
+    update.apply([gradient(g, first) for g in earlier])
+    params = update.publish(3).params
     added = jax.tree.map(lambda g, w, s: lamda * g * g * (w - s), grads, params, PARAMS)
-    got = update.compensation(Gradient(packed[3], first, 0, 3))
+    got = update.compensation(gradient(grads, first))
     np.testing.assert_allclose(got, optax.tree.norm(added) / optax.tree.norm(grads), 1e-4)
 
 
 def test_a_mean_is_one_update():
-    update, layout = updater(optax.sgd(0.1))
+    update, gradient = updater(optax.sgd(0.1))
     version, grads = update.publish(0), pushes(3)
-    update.apply_mean([Gradient(layout.pack(jax.tree.leaves(g)), version, 0, 0) for g in grads])
+    update.apply_mean([gradient(g, version) for g in grads])
     want = jax.tree.map(lambda p, *g: p - 0.1 * sum(g) / 3, PARAMS, *grads)
     chex.assert_trees_all_close(update.publish(1).params, want, rtol=1e-6)
 
@@ -197,11 +196,10 @@ def test_a_mean_is_one_update():
     "tx", [optax.contrib.prodigy(), optax.contrib.dog()], ids=["prodigy", "dog"]
 )
 def test_an_optimizer_that_keeps_the_parameters_it_was_made_with(tx):
-    update, layout = updater(tx)
+    update, gradient = updater(tx)
     expected, state = PARAMS, tx.init(jax.tree.map(jnp.asarray, PARAMS))
     for grads in pushes(3):
-        packed = layout.pack(jax.tree.leaves(grads))
-        update.apply([Gradient(packed, update.publish(0), 0, 0)])
+        update.apply([gradient(grads, update.publish(0))])
         updates, state = tx.update(grads, state, expected)
         expected = optax.apply_updates(expected, updates)
     chex.assert_trees_all_close(update.publish(3).params, expected, rtol=1e-5)
