@@ -306,9 +306,9 @@ def kill_again_and_again(kind, every, times, begin=lambda: True):
 
     def kill():
         draw = random.Random(0)
-        while not begin():
-            time.sleep(0.1)
         for _ in range(times):
+            while not begin():
+                time.sleep(0.1)
             time.sleep(every)
             found = [p for p in processes() if kind in p.name]
             with contextlib.suppress(psutil.NoSuchProcess):  # it may just have ended
@@ -332,8 +332,12 @@ def measure_server_faults():
     with tempfile.TemporaryDirectory() as directory:
         options = {"checkpoint_dir": directory, "checkpoint_every": 200}
 
-        def begin():  # before the first checkpoint there is nothing to resume from
-            return any(name.isdigit() for name in os.listdir(directory))
+        seen = set()
+
+        def begin():  # a new checkpoint says that the server is there, and can be resumed from it
+            new = {name for name in os.listdir(directory) if name.isdigit()} - seen
+            seen.update(new)
+            return bool(new)
 
         thread = kill_again_and_again("ray::Server", 12, 5, begin)
         result, of_server = train_digits(6_000, 0.03, **options)
