@@ -5,10 +5,10 @@
                                                           # worker_faults, server_faults
 
 A push is compared with the plain loop: a server with the methods pull and push, and workers that
-call one, compute, and call the other. Both apply the same jitted update; rounds are interleaved and
-medians compared. The loop runs on Ray as it comes, and once more on Ray as `train` starts it, with
-an object store that is cleared at once. Written as JSON to --out, what is there of other
-measurements is kept; and printed.
+call one, compute, and call the other. All apply the same jitted update; rounds are interleaved and
+medians compared. The loop runs on Ray as it comes, on Ray as `train` starts it, with an object
+store that is cleared at once, and there once more with one call for a push and the next pull. The
+figures are printed and, with --out, written to a JSON file, which keeps other measurements.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import os
 import pathlib
 import platform
 import random
+import re
 import statistics
 import tempfile
 import threading
@@ -66,6 +67,10 @@ class PlainServer:
         self.params, self.state = self.update(self.params, self.state, grads, stale)
         self.params.block_until_ready()
 
+    def push_and_pull(self, worker, grads):
+        self.push(worker, grads)
+        return self.pull(worker)
+
 
 class PlainWorker:
     """A worker of the plain loop."""
@@ -79,6 +84,12 @@ class PlainWorker:
             grads = np.asarray(self.gradient(params))
             ray.get(server.push.remote(worker, grads))
 
+    def run_in_one_call(self, server, worker, num_pushes):
+        params = ray.get(server.pull.remote(worker))
+        for _ in range(num_pushes):
+            grads = np.asarray(self.gradient(jax.device_put(params)))
+            params = ray.get(server.push_and_pull.remote(worker, grads))
+
 
 RAY = {"address": "local", "num_cpus": 8, "include_dashboard": False, "log_to_driver": False}
 CLEARED = {"_system_config": {"free_objects_period_milliseconds": 0}}
@@ -91,14 +102,15 @@ def started(**options):
     ray.shutdown()
 
 
-def plain(size, num_workers, num_pushes, warm_up):
+def plain(size, num_workers, num_pushes, warm_up, in_one_call=False):
     """Seconds a push."""
     server = ray.remote(PlainServer).remote(size)
     workers = [ray.remote(PlainWorker).remote() for _ in range(num_workers)]
 
     def run(pushes):
         each = pushes // num_workers
-        ray.get([w.run.remote(server, i, each) for i, w in enumerate(workers)])
+        methods = [w.run_in_one_call if in_one_call else w.run for w in workers]
+        ray.get([method.remote(server, i, each) for i, method in enumerate(methods)])
 
     run(warm_up)
     start = time.perf_counter()
@@ -126,12 +138,20 @@ def measure_speed(rounds):
     }
     report = {}
     for name, case in cases.items():
-        times = {"plain loop": [], "plain loop, store cleared at once": [], "train": []}
+        names = [
+            "plain loop",
+            "plain loop, store cleared at once",
+            "plain loop in one call, store cleared at once",
+            "train",
+        ]
+        times = {name: [] for name in names}
         for _ in range(rounds):
             with started():
-                times["plain loop"].append(1e3 * plain(*case))
+                times[names[0]].append(1e3 * plain(*case))
             with started(**CLEARED):
-                times["plain loop, store cleared at once"].append(1e3 * plain(*case))
+                times[names[1]].append(1e3 * plain(*case))
+            with started(**CLEARED):
+                times[names[2]].append(1e3 * plain(*case, in_one_call=True))
             times["train"].append(1e3 * ours(*case))
         report[name] = {
             "milliseconds a push": {k: statistics.median(v) for k, v in times.items()},
@@ -286,9 +306,9 @@ def kill_again_and_again(kind, every, times, begin=lambda: True):
 
     def kill():
         draw = random.Random(0)
-        while not begin():
-            time.sleep(0.1)
         for _ in range(times):
+            while not begin():
+                time.sleep(0.1)
             time.sleep(every)
             found = [p for p in processes() if kind in p.name]
             with contextlib.suppress(psutil.NoSuchProcess):  # it may just have ended
@@ -302,7 +322,8 @@ def kill_again_and_again(kind, every, times, begin=lambda: True):
 
 def measure_worker_faults():
     report = {"undisturbed": train_digits(6_000, 0.03)[1]}
-    thread = kill_again_and_again("ray::Worker", 2, 30)
+    # Those that compute: on a busy machine a worker may take longer than 2 s to start.
+    thread = kill_again_and_again("ray::Worker.gradient", 2, 30)
     report["a worker killed every 2 s for 60 s"] = train_digits(6_000, 0.03)[1]
     thread.join()
     return report
@@ -312,8 +333,12 @@ def measure_server_faults():
     with tempfile.TemporaryDirectory() as directory:
         options = {"checkpoint_dir": directory, "checkpoint_every": 200}
 
-        def begin():  # before the first checkpoint there is nothing to resume from
-            return any(name.isdigit() for name in os.listdir(directory))
+        seen = set()
+
+        def begin():  # a new checkpoint says that the server is there, and can be resumed from it
+            new = {name for name in os.listdir(directory) if name.isdigit()} - seen
+            seen.update(new)
+            return bool(new)
 
         thread = kill_again_and_again("ray::Server", 12, 5, begin)
         result, of_server = train_digits(6_000, 0.03, **options)
@@ -341,6 +366,13 @@ MEASUREMENTS = {
 }
 
 
+def cpu_model():
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.machine()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", choices=[[], *MEASUREMENTS], default=[])
@@ -348,14 +380,15 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="where to write the JSON")
     args = parser.parse_args()
     report = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {cpu_model()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__,
                      "ray": ray.__version__},
-        "load at the start": os.getloadavg()[0],
     }  # fmt: skip
     if args.out and args.out.exists():
         report = {**json.loads(args.out.read_text()), **report}
+    loads = report.setdefault("load before", {})
     for name in args.what or MEASUREMENTS:
+        loads[name] = os.getloadavg()[0]
         if name == "speed":
             report[name] = measure_speed(args.rounds)
         else:

@@ -1,4 +1,4 @@
-"""The driver, which runs where `train` is called: it starts the actors and watches over them."""
+"""The driver, which runs where `train` is called: it starts the actors and restarts what died."""
 
 import collections
 import contextlib
@@ -32,10 +32,10 @@ _log = logging.getLogger("optax_dcasgd.parameter_server")
 
 
 def _environment() -> dict[str, str]:
-    """What the actors' JAX has to know: what numbers are here, they have to be there."""
+    """Settings of JAX: an actor has to compute with the same numbers as the caller."""
     same = ("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
     return {
-        # An actor waits for each result at once, and a thread less is in the way of a small one.
+        # An actor waits for each result at once, so a thread for dispatch only costs time.
         "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
         **{name.upper(): str(getattr(jax.config, name)).lower() for name in same},
     }
@@ -98,10 +98,8 @@ class Driver:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):  # it may be what has failed
-            ray.get(self._server.close.remote(), timeout=_KILL_TIMEOUT)
         ray.kill(self._server)
-        # Until it is gone, or the workers' ends would be faults to report to it, and to the user.
+        # Until it is gone: it would report the workers' ends as faults.
         with contextlib.suppress(ray.exceptions.RayError):
             while True:
                 ray.get(self._server.ready.remote(), timeout=_KILL_TIMEOUT)
@@ -233,7 +231,7 @@ class Driver:
 
 
 def _add_to_runtime_env(options: Mapping[str, Any], environment: dict[str, str]) -> Any:
-    """The user's runtime environment, with variables that he has not set."""
+    """The user's runtime environment, with variables that it does not set."""
     given = options.get("runtime_env") or {}
     return {**given, "env_vars": {**environment, **given.get("env_vars", {})}}
 

@@ -1,16 +1,14 @@
-"""The server: it owns the parameters and the optimizer's state, and decides what happens next.
+"""The server: it owns the parameters and the optimizer's state, and runs the loop of training.
 
-It sends each idle worker a batch and the newest parameters as one task, whose answer is the
-gradient: a pull and the next push are one round trip. A task gets exactly one answer, or the worker
-is lost; so a gradient is applied once or not at all, and what a lost worker was to compute goes to
-another. Answers that have come by the time the server looks, and while it applies them, are applied
-one after another, in the order in which they came; the parameters are sent out once after all.
+It sends each idle worker a batch and the newest parameters as one call, whose answer is the
+gradient: a pull and the next push are one round trip. Answers that have come together are applied
+one after another, in the order in which their tasks were sent. Then come those that arrived
+meanwhile. Only after that the server packs the parameters, once for all workers that are idle.
 
-Only one thread ever works here. The driver calls `advance` again and again, and so has the reins
-between two calls: for a checkpoint, for workers that join or leave, to stop.
+Only one thread ever works here. The driver calls `advance` again and again. Between two calls it
+can have a checkpoint written, workers attached or retired, and the run stopped.
 """
 
-import collections
 import dataclasses
 import time
 from typing import Any, NamedTuple
@@ -18,13 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
-from optax_dcasgd.parameter_server import _bound, _calls, _history
-from optax_dcasgd.parameter_server._checkpoint import Checkpoints, Snapshot
+from optax_dcasgd.parameter_server._book import Book, Pull, Push
+from optax_dcasgd.parameter_server._calls import Calls, Gone, Lost, News, Ready
 from optax_dcasgd.parameter_server._history import Event
-from optax_dcasgd.parameter_server._metrics import Metrics
-from optax_dcasgd.parameter_server._transport import Layout, Packed
+from optax_dcasgd.parameter_server._record import Record
+from optax_dcasgd.parameter_server._roster import Roster
+from optax_dcasgd.parameter_server._saving import Saving
+from optax_dcasgd.parameter_server._transport import Layout
 from optax_dcasgd.parameter_server._update import Gradient, Update, Version
-from optax_dcasgd.parameter_server._worker import RESULT, TASK
+from optax_dcasgd.parameter_server._worker import Computed, Refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,24 +56,7 @@ class Status(NamedTuple):
     failure: str | None  # why training cannot go on
 
 
-_PATIENCE = 60.0  # seconds without a gradient, after which it is said who is missing
-
-
-class _Pull(NamedTuple):
-    """A gradient under way."""
-
-    worker: int
-    batch: int
-    version: Version
-
-
-class _Push(NamedTuple):
-    """A gradient that has come."""
-
-    pull: _Pull
-    loss: float
-    seconds: float
-    packed: Packed
+_PATIENCE = 60.0  # seconds without a gradient, after which an event says who is missing
 
 
 class Server:
@@ -88,67 +71,45 @@ class Server:
         workers: dict[int, Any],
     ):
         self._options = options
-        # Up to which staleness workers wait for each other.
-        self._limit = options.max_staleness if options.on_stale == "wait" else None
-        self._workers = set(workers)
-        self._present: set[int] = set()
-        self._lost: set[int] = set()  # those that were there before
-        self._num_workers = options.num_workers
-        self._idle: collections.deque[int] = collections.deque()
-        self._pulls: dict[int, _Pull] = {}  # by worker
-        self._pushes: list[_Push] = []
-        self._retired: list[int] = []
-        self._to_apply: list[Gradient] = []  # counted already
-        self._published: Version | None = None
-        self._version, self._next_batch = 0, 0
-        # Batches to be computed again, in this order: by whom their gradient came too late, if so.
-        self._again: dict[int, int | None] = {}
-        self._losses: collections.Counter[int] = collections.Counter()  # of workers, by batch
-        self._rows = np.zeros(options.num_updates, _history.DTYPE)
-        self._num_bad, self._time = 0, 0.0
-        self._failure: str | None = None
-        self._reported = 0
-        self._events: list[Event] = []
-        self._metrics = Metrics(options.name)
         self._update = Update(tx, params, layouts)
-        self._checkpoints = None
-        if options.checkpoint_dir is not None:
-            self._checkpoints = Checkpoints(options.checkpoint_dir)
-            if (version := self._checkpoints.latest()) is not None:
-                self._restore(version)
-        is_small = layouts[0].is_small and layouts[2].is_small
-        self._calls: _calls.Calls = (
-            _calls.StreamCalls(RESULT.size) if is_small else _calls.RayCalls()
+        self._book = Book(options.max_staleness if options.on_stale == "wait" else None)
+        self._record = Record(options.num_updates, options.name)
+        self._saving = Saving(
+            options.checkpoint_dir,
+            options.checkpoint_every,
+            options.signature,
+            (self._update, self._record, self._book),
         )
-        for index, actor in sorted(workers.items()):
-            self._calls.start(index, actor)
+        self._saving.restore()
+        self._published: Version | None = None
+        self._to_apply: list[Gradient] = []  # recorded already
+        self._failure: str | None = None
+        self._calls = Calls()
+        self._roster = Roster(options.num_workers)
+        self.attach(workers, options.num_workers)
         self._heard = time.monotonic()
-        self._started = self._heard - self._time
 
     # What the driver calls.
 
     def ready(self) -> int:
-        """Returns, when the server is there, the updates done."""
-        return self._version
+        """Returns, when the server is there, the number of updates done."""
+        return self._record.version
 
     def attach(self, workers: dict[int, Any], num_workers: int) -> None:
         """Takes these workers on; those with an index of num_workers or more will leave."""
-        self._num_workers = num_workers
-        for index in workers.keys() - self._workers:
-            self._workers.add(index)
+        self._roster.num_workers = num_workers
+        for index in sorted(workers.keys() - self._roster.members):
+            self._roster.members.add(index)
             self._calls.start(index, workers[index])
 
     def resize(self, num_workers: int) -> None:
         """Wishes for so many workers; the driver makes new ones."""
-        self._num_workers = num_workers
+        self._roster.num_workers = num_workers
 
     def advance(self, seconds: float) -> Status:
-        """Trains for so long, or until it is done."""
+        """Trains for so long, or until all updates are done."""
         end = time.monotonic() + seconds
-        while self._version < self._options.num_updates and self._failure is None:
-            left = end - time.monotonic()
-            if left <= 0:
-                break
+        while self._has_work() and (left := end - time.monotonic()) > 0:
             self._send_out()
             come = self._calls.wait(left)
             self._watch(bool(come))
@@ -157,125 +118,87 @@ class Server:
                     self._receive(index, news)
                 self._apply()
                 come = self._calls.wait(0)
-        self._retire()
-        return self._status()
+        retired = self._roster.retire()
+        for index in retired:
+            self._calls.stop(index)
+        return Status(
+            self._record.version,
+            *self._record.report(),
+            self._roster.num_workers,
+            retired,
+            self._failure,
+        )
 
     def save(self) -> int | None:
         """Writes a checkpoint and waits for it; returns its version, None if there is none."""
-        if self._checkpoints is None:
-            return None
-        if (failure := self._checkpoints.settle()) is not None:
-            self._report_failure(failure)
-        self._write()
-        self._checkpoints.wait()
-        return self._version
+        return self._saving.save()
 
     def result(self) -> tuple[Any, Any, Any, list[Event]]:
         """Parameters and optimizer state as host arrays, the history, and the last events."""
-        rows = self._rows[: self._version]
-        state = self._update.state_to_host()
-        return self._update.params_to_host(), state, rows, self._events
-
-    def close(self) -> None:
-        """Has the workers finish; the last call before the end."""
-        self._calls.close()
+        params, state = self._update.params_to_host(), self._update.state_to_host()
+        return params, state, self._record.rows, self._record.take_events()
 
     # Pull.
+
+    def _has_work(self) -> bool:
+        return self._record.version < self._options.num_updates and self._failure is None
 
     def _send_out(self) -> None:
         """Gives every idle worker that may pull a batch and the newest parameters."""
         if self._options.mode == "sync" and (
-            self._pulls or self._pushes or self._workers - self._present - self._lost
+            not self._book.is_empty() or self._roster.has_starting()
         ):
             return  # until the round is over, and those that are new are there
-        for _ in range(len(self._idle)):
-            if self._limit is not None and not _bound.may_pull(self._under_way(), self._limit):
+        for index in self._roster.idle():
+            if not self._book.may_pull(self._record.version):
                 return
-            index = self._idle.popleft()
-            if index >= self._num_workers:
-                self._idle.append(index)
-                continue
-            self._send(index)
+            version = self._publish()
+            is_alone = self._roster.occupy(index)
+            batch = self._book.pull(index, version, is_alone=is_alone)
+            self._calls.send(index, batch, version.message)
 
-    def _send(self, index: int) -> None:
-        if self._published is None or self._published.number != self._version:
-            self._published = self._update.publish(self._version)
-        message = self._published.message
-        batch = self._choose_batch(index)
-        self._pulls[index] = _Pull(index, batch, self._published)
-        self._calls.send(index, TASK.pack(batch, 0), message)
-
-    def _choose_batch(self, index: int) -> int:
-        """The next for this worker: one that has to be computed again goes before a new one."""
-        for batch, too_slow in self._again.items():
-            # A slow worker would be too late with it once more, and keep it from all the others.
-            if too_slow != index or len(self._present) == 1:
-                del self._again[batch]
-                return batch
-        self._next_batch += 1
-        return self._next_batch - 1
-
-    def _under_way(self) -> list[int]:
-        """How stale each gradient is that has not been applied: those here, then those pulled."""
-        pulls = [*(push.pull for push in self._pushes), *self._pulls.values()]
-        return [self._version - pull.version.number for pull in pulls]
+    def _publish(self) -> Version:
+        """The newest parameters, which are packed once however many workers get them."""
+        number = self._record.version
+        if self._published is None or self._published.number != number:
+            self._published = self._update.publish(number)
+        return self._published
 
     # Push.
 
-    def _receive(self, index: int, news: _calls.News) -> None:
+    def _receive(self, index: int, news: News) -> None:
         match news:
-            case _calls.Answer(header, packed):
-                pull = self._pulls.pop(index)
-                is_gradient, loss, seconds = RESULT.unpack_from(header)
-                if is_gradient:
-                    self._pushes.append(_Push(pull, loss, seconds, packed))
-                else:
-                    self._refuse(pull, bytes(packed).decode())
-            case _calls.Ready():
-                self._present.add(index)
-                if index in self._lost:
-                    self._lost.remove(index)
-                    self._event("worker back", index, "restarted")
-                if index not in [push.pull.worker for push in self._pushes]:
-                    self._idle.append(index)
-            case _calls.Lost(reason):
-                self._lose(index)
-                self._lost.add(index)
-                self._event("worker lost", index, reason)
-            case _calls.Gone(reason):
-                self._lose(index)
-                self._workers.remove(index)
-                self._event("worker gone", index, reason)
-                if not self._workers:
+            case Computed(loss, seconds, packed):
+                self._book.push(Push(self._book.answered(index), loss, seconds, packed))
+            case Refused(reason):
+                self._refuse(self._book.answered(index), reason)
+            case Ready():
+                # A worker may come back before what it has sent is applied, and is idle then.
+                if self._roster.ready(index, is_idle=not self._book.has_pushed(index)):
+                    self._record.event("worker back", index, "restarted")
+            case Lost(reason):
+                self._roster.lose(index)
+                self._give_to_another(index)
+                self._record.event("worker lost", index, reason)
+            case Gone(reason):
+                self._roster.remove(index)
+                self._give_to_another(index)
+                self._record.event("worker gone", index, reason)
+                if not self._roster.members:
                     self._failure = f"No worker is left; the last one: {reason}"
 
-    def _lose(self, index: int) -> None:
-        """What it was to compute goes to another; what it has sent stays."""
-        self._present.discard(index)
-        if index in self._idle:
-            self._idle.remove(index)
-        if (pull := self._pulls.pop(index, None)) is not None:
-            self._losses[pull.batch] += 1
-            losses = self._losses[pull.batch]
-            # All workers may have died together, each of them with this batch by and by. If more
-            # die over it, it may be what kills them.
-            if losses <= max(2, self._num_workers):
-                self._again[pull.batch] = None
-            else:
-                self._refuse(pull, f"{losses} workers were lost over batch {pull.batch}")
+    def _give_to_another(self, index: int) -> None:
+        """What a lost worker was to compute."""
+        if (refused := self._book.lost(index, self._roster.num_workers)) is not None:
+            self._refuse(*refused)
 
-    def _release(self, index: int) -> None:
-        """Its gradient has been dealt with."""
-        if index in self._present:
-            self._idle.append(index)
-
-    def _refuse(self, pull: _Pull, reason: str) -> None:
-        self._num_bad += 1
-        self._event("refused", pull.worker, reason)
-        self._release(pull.worker)
-        if self._num_bad > self._options.max_bad_pushes:
+    def _refuse(self, pull: Pull, reason: str) -> None:
+        self._book.num_refused += 1
+        self._record.event("refused", pull.worker, reason)
+        self._roster.release(pull.worker)
+        if self._book.num_refused > self._options.max_bad_pushes:
             self._failure = (
-                f"{self._num_bad} gradients were refused, more than "
+                f"{self._book.num_refused} gradients were refused, more than "
                 f"max_bad_pushes={self._options.max_bad_pushes}; the last, of worker "
                 f"{pull.worker}: {reason}"
             )
@@ -283,56 +206,45 @@ class Server:
     # Update.
 
     def _apply(self) -> None:
-        """Applies what may be applied, in the order in which it came."""
+        """Applies what may be applied; what came first goes first."""
         if self._options.mode == "sync":
-            if self._pushes and not self._pulls:
-                self._apply_round()
+            if pushes := self._book.whole_round():
+                self._apply_round(pushes)
             return
-        while self._pushes and self._version < self._options.num_updates:
-            i = self._first()
-            if i is None:
+        while self._record.version < self._options.num_updates:
+            if (push := self._book.next_push(self._record.version)) is None:
                 break
-            push = self._pushes.pop(i)
-            pull, limit = push.pull, self._options.max_staleness
-            self._release(pull.worker)
-            staleness = self._version - pull.version.number
-            if limit is not None and staleness > limit:
-                self._again[pull.batch] = pull.worker
-                message = f"staleness {staleness} > max_staleness={limit} (batch {pull.batch})"
-                self._event("dropped", pull.worker, message)
-                continue
-            gradient = Gradient(push.packed, pull.version, pull.worker, staleness)
-            every, compensation = self._options.compensation_every, np.nan
-            if every is not None and self._version % every == 0:
-                self._flush()
-                compensation = self._update.compensation(gradient)
-            self._to_apply.append(gradient)
-            self._count(push, staleness, compensation)
+            self._roster.release(push.pull.worker)
+            self._apply_or_drop(push)
         self._flush()
+
+    def _apply_or_drop(self, push: Push) -> None:
+        pull, version, limit = push.pull, self._record.version, self._options.max_staleness
+        staleness = version - pull.version.number
+        if limit is not None and staleness > limit:
+            self._book.drop(pull)
+            message = f"staleness {staleness} > max_staleness={limit} (batch {pull.batch})"
+            self._record.event("dropped", pull.worker, message)
+            return
+        gradient = Gradient(push.packed, pull.version, pull.worker, staleness)
+        every, compensation = self._options.compensation_every, np.nan
+        if every is not None and version % every == 0:
+            self._flush()
+            compensation = self._update.compensation(gradient)
+        self._to_apply.append(gradient)
+        self._count(push, staleness, compensation)
 
     def _flush(self) -> None:
         if self._to_apply:
             self._update.apply(self._to_apply)
             self._to_apply = []
 
-    def _first(self) -> int | None:
-        """Which push is next: the first, or the first that need not wait for others."""
-        if self._limit is None:
-            return 0
-        staleness = self._under_way()
-        for i in range(len(self._pushes)):
-            if _bound.may_apply(staleness, i, self._limit):
-                return i
-        return None
-
-    def _apply_round(self) -> None:
+    def _apply_round(self, pushes: list[Push]) -> None:
         """One update with the mean of all workers' gradients."""
-        pushes = sorted(self._pushes, key=lambda push: push.pull.batch)
-        self._pushes = []
         for push in pushes:
-            self._release(push.pull.worker)
+            self._roster.release(push.pull.worker)
         self._update.apply_mean([Gradient(push.packed, push.pull.version, 0, 0) for push in pushes])
-        mean = _Push(
+        mean = Push(
             pushes[0].pull._replace(worker=0),
             float(np.mean([push.loss for push in pushes])),
             max(push.seconds for push in pushes),
@@ -340,77 +252,12 @@ class Server:
         )
         self._count(mean, 0, np.nan)
 
-    def _count(self, push: _Push, staleness: int, compensation: float) -> None:
-        """One update more."""
-        pull, now = push.pull, time.monotonic() - self._started
-        self._rows[self._version] = (
-            *(pull.worker, pull.version.number, staleness, pull.batch),
-            *(push.loss, now, push.seconds, compensation),
-        )
-        self._version += 1
-        if self._checkpoints is not None and self._version % self._options.checkpoint_every == 0:
+    def _count(self, push: Push, staleness: int, compensation: float) -> None:
+        """Records an update, and writes a checkpoint if one is due."""
+        self._record.update(push, staleness, compensation)
+        if self._saving.is_due():
             self._flush()
-            self._try_to_write()
-
-    # Checkpoints.
-
-    def _write(self) -> None:
-        assert self._checkpoints is not None
-        if self._checkpoints.latest() == self._version:
-            return
-        # What is under way would be lost with the server.
-        pulls = [*(push.pull for push in self._pushes), *self._pulls.values()]
-        meta = {
-            "signature": self._options.signature,
-            "again": sorted({*self._again, *(pull.batch for pull in pulls)}),
-            "next_batch": self._next_batch,
-            "num_bad": self._num_bad,
-            "time": time.monotonic() - self._started,
-            "history": {name: self._rows.dtype[name].str for name in _history.History._fields},
-        }
-        snapshot = Snapshot(
-            # Copies: the next update writes over the originals.
-            [np.array(leaf) for leaf in self._update.params_to_host()],
-            [np.array(leaf) for leaf in self._update.state_to_host()],
-            _history.to_columns(self._rows[: self._version])._asdict(),
-            meta,
-        )
-        self._checkpoints.save(self._version, snapshot)
-
-    def _try_to_write(self) -> None:
-        try:
-            self._write()
-        except Exception as error:  # a full disk must not end the run
-            self._report_failure(error)
-
-    def _report_failure(self, error: Exception) -> None:
-        self._event("checkpoint failed", None, f"{type(error).__name__}: {error}")
-
-    def _restore(self, version: int) -> None:
-        assert self._checkpoints is not None
-        snapshot = self._checkpoints.load(version, *self._update.like())
-        self._update.restore(snapshot.params, snapshot.state)
-        self._version, meta = version, snapshot.meta
-        if version:
-            self._rows[:version] = _history.to_rows(snapshot.history)
-        self._next_batch, self._num_bad = meta["next_batch"], meta["num_bad"]
-        self._again = dict.fromkeys(meta["again"])
-        self._time = meta["time"]
-        self._event("resumed", None, f"from the checkpoint of {version} updates")
-
-    # Reports.
-
-    def _event(self, kind: str, worker: int | None, message: str) -> None:
-        self._events.append(Event(time.time(), kind, worker, message))
-        self._metrics.event(kind)
-
-    def _retire(self) -> None:
-        for index in [i for i in self._idle if i >= self._num_workers]:
-            self._idle.remove(index)
-            self._workers.remove(index)
-            self._present.remove(index)
-            self._calls.stop(index)
-            self._retired.append(index)
+            self._saving.begin()
 
     def _watch(self, has_come: bool) -> None:
         """Says, now and then, who is missing while nothing happens."""
@@ -419,22 +266,10 @@ class Server:
             self._heard = now
         elif now - self._heard > _PATIENCE:
             self._heard = now
-            missing = sorted(self._workers - self._present)
-            self._event(
+            self._record.event(
                 "waiting",
                 None,
                 f"nothing has come for {_PATIENCE:.0f} s. Workers that have not started: "
-                f"{missing or 'none'}; that are computing: {sorted(self._pulls) or 'none'}",
+                f"{self._roster.missing() or 'none'}; that are computing: "
+                f"{self._book.computing() or 'none'}",
             )
-
-    def _status(self) -> Status:
-        new = self._rows[self._reported : self._version]
-        staleness = float(new["staleness"].mean()) if new.size else np.nan
-        loss = float(new["loss"].mean()) if new.size else np.nan
-        self._reported = self._version
-        self._metrics.updates(new)
-        events, self._events = self._events, []
-        retired, self._retired = self._retired, []
-        return Status(
-            self._version, loss, staleness, events, self._num_workers, retired, self._failure
-        )

@@ -1,8 +1,8 @@
 """How trees of arrays travel between processes.
 
-A small tree is one ``bytes`` in the message itself. A large one is a list of arrays in Ray's object
-store, which a reader maps without a copy, and a node receives once however many of its workers read
-it.
+A small tree is one ``bytes``, which Ray carries within its call. A large one is a list of arrays in
+Ray's object store: a reader maps it without a copy, and a node receives it once, however many of
+its workers read it.
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SMALL = 64 * 1024  # bytes; with all of a task it has to fit the buffer of a stream
+_SMALL = 64 * 1024  # bytes; Ray carries up to 100 KiB within a call, without its object store
 _ALIGNMENT = 16  # bytes; of each leaf within a message
 
-Packed = bytes | memoryview | list[np.ndarray]
+Packed = bytes | list[np.ndarray]
 
 
 class Layout:

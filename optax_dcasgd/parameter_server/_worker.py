@@ -1,21 +1,29 @@
 """The worker: one gradient at the parameters that it is sent."""
 
 import contextlib
-import struct
 import time
 import traceback
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_dcasgd.parameter_server._link import Address, connect
-from optax_dcasgd.parameter_server._transport import Layout
+from optax_dcasgd.parameter_server._transport import Layout, Packed
 
-TASK = struct.Struct("<qq")  # the batch, and nothing: the size keeps what follows aligned
-# Whether there is a gradient behind it, or why not; the loss; the seconds that it took.
-RESULT = struct.Struct("<?15xdd")
+
+class Computed(NamedTuple):
+    """The answer to a task: a gradient."""
+
+    loss: float
+    seconds: float  # that it took
+    packed: Packed
+
+
+class Refused(NamedTuple):
+    """The answer to a task without a gradient."""
+
+    reason: str
 
 
 class _RefusedError(Exception):
@@ -73,27 +81,11 @@ class Worker:
             params = self._params.treedef.unflatten(zeros)
             jax.block_until_ready(self._gradient(params, batch, self._key, np.int32(0)))
 
-    def serve(self, address: Address, index: int) -> None:
-        """Computes gradients of small trees, as number ``index``, until the server disconnects."""
-        self.ready()
-        with connect(address, index) as server, contextlib.suppress(EOFError, OSError):
-            while True:
-                server.send_bytes(b"".join(self.gradient(server.recv_bytes())))
-
-    def gradient(self, task: bytes, params: Any = None) -> tuple[bytes, Any]:
-        """Computes a gradient.
-
-        Args:
-          task: A `TASK`, with the packed parameters behind it if they are small.
-          params: The packed parameters if they are large.
-
-        Returns:
-          A `RESULT`, and the packed gradient or, encoded, why there is none.
-        """
+    def gradient(self, index: int, packed: Packed) -> Computed | Refused:
+        """Computes the gradient of batch ``index`` at the packed parameters."""
         start = time.perf_counter()
-        index, _ = TASK.unpack_from(task)
-        leaves = self._params.unpack(memoryview(task)[TASK.size :] if params is None else params)
-        if params is not None:
+        leaves: list[Any] = self._params.unpack(packed)
+        if not self._params.is_small:
             leaves = [jax.device_put(leaf) for leaf in leaves]  # without a copy, on a CPU
         try:
             batch = get_batch(self._batches, index)
@@ -105,14 +97,15 @@ class Worker:
                 leaf = self._params.paths[int(finite.argmin())]
                 raise _RefusedError(f"grads{leaf} is not finite")
         except _RefusedError as refused:
-            return _refusal(f"{refused} (batch {index})")
+            return _refused(f"{refused} (batch {index})")
         except (Exception, SystemExit):
-            return _refusal(
+            return _refused(
                 f"grad_fn or batches failed on batch {index}:\n{traceback.format_exc()}"
             )
-        packed = self._transported.pack([np.asarray(leaf) for leaf in grads])
-        return RESULT.pack(True, float(loss), time.perf_counter() - start), packed
+        sent = self._transported.pack([np.asarray(leaf) for leaf in grads])
+        return Computed(float(loss), time.perf_counter() - start, sent)
 
 
-def _refusal(reason: str) -> tuple[bytes, bytes]:
-    return RESULT.pack(False, 0, 0), reason.encode(errors="backslashreplace")
+def _refused(reason: str) -> Refused:
+    """Escapes lone surrogates, which a log could not be written with."""
+    return Refused(reason.encode(errors="backslashreplace").decode())

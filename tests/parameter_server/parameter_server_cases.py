@@ -4,12 +4,9 @@ The workers are other processes, so that a fault has to be in what they are sent
 fault at some index, which happens once (a file says whether it has).
 """
 
-import gc
-import multiprocessing.connection
 import os
 import pathlib
 import signal
-import socket
 import time
 
 import jax
@@ -26,6 +23,7 @@ PARAMS = {
     "hidden": {"w": _rng.normal(size=(6, 8)).astype(np.float32) * 0.4, "b": np.zeros(8, "f4")},
     "out": _rng.normal(size=(8, 3)).astype(np.float32) * 0.4,
 }
+PARTS_PARAMS = {"w": np.linspace(-1, 1, 6, dtype=np.float32), "b": np.float32(0.5)}
 TX = optax.chain(
     add_delay_compensation(8.0, decay=0.95, clip=1.0, store=None), optax.sgd(0.02, momentum=0.9)
 )
@@ -123,27 +121,15 @@ class Deadly(Batches):
         return super().__call__(i)
 
 
-class Unreachable(Batches):
-    """Once a worker has it, it cannot connect to anybody."""
+class Unloadable(Batches):
+    """Fails to arrive in another process."""
 
     def __setstate__(self, state):
-        def refuse(*args, **options):
-            raise TimeoutError("timed out")
-
-        self.__dict__.update(state)
-        socket.create_connection = refuse
+        raise ModuleNotFoundError("no module named as my data set")
 
 
 def die(batch):
     os.kill(os.getpid(), signal.SIGKILL)
-    return batch
-
-
-def disconnect(batch):
-    """From the server, without dying."""
-    for thing in gc.get_objects():
-        if isinstance(thing, multiprocessing.connection.Connection) and not thing.closed:
-            thing.close()
     return batch
 
 

@@ -1,37 +1,34 @@
 """`parameter_server.train` with Ray: what is trained, in which order, and how it is called."""
 
 import dataclasses
+import doctest
 import json
 import pathlib
 import re
-import subprocess
-import sys
-import threading
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import parameter_server_cases as cases
 import pytest
-from parameter_server_cases import PARAMS, TX, X, Y, grad_fn, padded, padded_grad_fn
-from parameter_server_runs import (  # noqa: F401 (fixtures among them)
-    assert_each_batch_once,
-    assert_replays,
+from parameter_server_cases import PARAMS, TX, X, Y, grad_fn
+from parameter_server_runs import (
+    LARGE,
+    ON_RAY,
+    assert_sound,
     kinds,
-    nothing_left_running,
-    server_process,
-    started_ray,
+    meanwhile,
+    run_python,
     train,
-    wait_until,
+    wait_for_server,
 )
 
-from optax_dcasgd import add_delay_compensation, simulation
+from optax_dcasgd import add_delay_compensation, parameter_server, simulation
 
-pytestmark = pytest.mark.ray
-
-
-# What is trained.
+pytestmark = ON_RAY
+PROJECT = pathlib.Path(__file__).parents[2]
 
 
 def test_a_recorded_run_is_replayed_from_its_file(tmp_path):
@@ -43,14 +40,13 @@ def test_a_recorded_run_is_replayed_from_its_file(tmp_path):
     np.testing.assert_array_equal(history.version, np.arange(400) - history.staleness)
     assert np.all(np.diff(history.time) >= 0)
     assert set(history.worker.tolist()) == {0, 1, 2, 3}
-    assert_each_batch_once(result)
     assert list(np.flatnonzero(np.isfinite(history.compensation))) == list(range(0, 400, 7))
     assert 0 < np.nanmax(history.compensation) <= 1  # by its clip
     assert not result.events
 
     result.arrivals.save(tmp_path / "arrivals")
     loaded = simulation.Arrivals.load(tmp_path / "arrivals")
-    assert_replays(result._replace(arrivals=loaded))
+    assert_sound(result._replace(arrivals=loaded))
     fresh = dataclasses.replace(loaded, staleness=np.zeros(400, int))
     in_order = simulation.run(grad_fn, PARAMS, TX, (X, Y), fresh)
     assert abs(in_order.params["out"] - result.params["out"]).max() > 1e-4  # it does matter
@@ -66,10 +62,7 @@ def test_the_slow_worker_is_reported(tmp_path, caplog):
 
 
 def test_large_parameters_go_through_the_object_store():
-    """And are the same, to the bit, as in a message."""
-    params = padded(PARAMS)
-    result = train(100, params=params, grad_fn=padded_grad_fn, num_workers=2)
-    assert_replays(result, params=params, grad_fn=padded_grad_fn)
+    assert_sound(train(100, num_workers=2, **LARGE), **LARGE)
 
 
 def test_one_worker_is_sequential_training():
@@ -82,20 +75,16 @@ def test_one_worker_is_sequential_training():
         _, grads = grad_fn(params, (X[i % 64], Y[i % 64]), None)
         updates, state = plain.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), result.params, params)
+    chex.assert_trees_all_close(result.params, params, rtol=1e-5, atol=1e-6)
 
 
 def test_sync_is_the_simulations_sync():
     result = train(40, mode="sync", tx=optax.sgd(0.1), num_workers=3)
     assert result.arrivals is None
     arrivals = simulation.arrivals(jax.random.key(0), 3, 120)
-    want = simulation.run(
-        grad_fn, PARAMS, optax.sgd(0.1),
-        lambda t: (jnp.array(X)[t % 64], jnp.array(Y)[t % 64]), arrivals, mode="sync",
-    )  # fmt: skip
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), result.params, want.params
-    )
+    batches = X[np.arange(120) % 64], Y[np.arange(120) % 64]
+    want = simulation.run(grad_fn, PARAMS, optax.sgd(0.1), batches, arrivals, mode="sync")
+    chex.assert_trees_all_close(result.params, want.params, rtol=1e-5, atol=1e-6)
     assert result.history.batch.tolist() == list(range(0, 120, 3))
 
 
@@ -118,10 +107,49 @@ def test_narrow_transport_rounds_the_gradient():
 
 def test_an_optimizer_with_a_random_key_in_its_state(tmp_path):
     tx = optax.chain(optax.add_noise(0.01, 0.5, jax.random.key(3)), optax.sgd(0.05))
-    result = train(30, tx=tx, checkpoint_dir=tmp_path, checkpoint_every=10)
-    assert_replays(result, tx=tx)
-    result = train(60, tx=tx, checkpoint_dir=tmp_path, checkpoint_every=10)
-    assert_replays(result, tx=tx)
+    for num_updates in (30, 60):
+        result = train(num_updates, tx=tx, checkpoint_dir=tmp_path, checkpoint_every=10)
+        assert_sound(result, tx=tx)
+
+
+def test_compensation_of_plain_sgd_is_that_of_the_gradient():
+    """By the formula: λ g ⊙ g ⊙ (w − w_s), over g."""
+    lamda, rate = 3.0, 0.3
+    tx = optax.chain(add_delay_compensation(lamda, store=None), optax.sgd(rate))
+    result = train(40, tx=tx, compensation_every=1)
+    versions, history = [PARAMS], result.history
+    for t in range(40):
+        stale, batch = versions[history.version[t]], history.batch[t] % 64
+        _, grads = grad_fn(stale, (X[batch], Y[batch]), None)
+        added = jax.tree.map(lambda g, w, s: lamda * g * g * (w - s), grads, versions[-1], stale)
+        ratio = optax.tree.norm(added) / optax.tree.norm(grads)
+        np.testing.assert_allclose(history.compensation[t], ratio, 1e-3, 1e-5)
+        versions.append(
+            jax.tree.map(lambda w, g, c: w - rate * (g + c), versions[-1], grads, added)
+        )
+
+
+X64 = """
+import jax
+jax.config.update("jax_enable_x64", True)
+import jax.numpy as jnp, numpy as np, optax
+from optax_dcasgd import parameter_server, simulation
+grad_fn = jax.value_and_grad(lambda w, batch, key: jnp.sum((w - batch) ** 2))
+batches = np.random.default_rng(0).normal(size=(50, 3))
+tx = optax.sgd(0.1)
+result = parameter_server.train(
+    grad_fn, jnp.zeros(3), tx, batches, num_workers=2, num_updates=50, progress=False
+)
+assert result.params.dtype == jnp.float64
+assert not result.events, result.events
+replayed = simulation.run(grad_fn, jnp.zeros(3), tx, batches, result.arrivals)
+np.testing.assert_allclose(result.params, replayed.params, rtol=1e-13)
+"""
+
+
+def test_float64():
+    """The workers compute in it where the caller does."""
+    run_python(X64)
 
 
 # Bounded staleness.
@@ -133,8 +161,7 @@ def test_fast_workers_wait(max_staleness, tmp_path):
     result = train(150, batches=slow, max_staleness=max_staleness)
     assert result.history.staleness.max() == max_staleness
     assert not result.events
-    assert_each_batch_once(result)
-    assert_replays(result)
+    assert_sound(result)
 
 
 def test_stale_gradients_are_dropped_and_their_batches_kept(tmp_path, caplog):
@@ -149,8 +176,7 @@ def test_stale_gradients_are_dropped_and_their_batches_kept(tmp_path, caplog):
         last[batch] = event.worker
     assert "1 by now" in caplog.text  # and then after twice as many
     assert caplog.text.count("dropped") < kinds(result)["dropped"]
-    assert_each_batch_once(result)
-    assert_replays(result)
+    assert_sound(result)
 
 
 # What is passed.
@@ -190,95 +216,30 @@ def test_a_name_that_is_taken():
     """Nothing that was started for it stays."""
 
     def again():
-        wait_until(server_process)
+        wait_for_server()
         with pytest.raises(ValueError, match="name='taken' is that of a run under way"):
             train(10, name="taken")
-        refused.append(True)
 
-    refused = []
-    thread = threading.Thread(target=again, daemon=True)
-    thread.start()
-    train(1500, batches=cases.Batches(0.005), name="taken")
-    thread.join(timeout=60)
-    assert refused
-
-
-X64 = """
-import sys
-sys.path.insert(0, {tests!r})
-import jax
-jax.config.update("jax_enable_x64", True)
-import jax.numpy as jnp, numpy as np, optax
-from optax_dcasgd import parameter_server, simulation
-grad_fn = jax.value_and_grad(lambda w, batch, key: jnp.sum((w - batch) ** 2))
-batches = np.random.default_rng(0).normal(size=(50, 3))
-tx = optax.sgd(0.1)
-result = parameter_server.train(
-    grad_fn, jnp.zeros(3), tx, batches, num_workers=2, num_updates=50, progress=False
-)
-assert result.params.dtype == jnp.float64
-assert not result.events, result.events
-replayed = simulation.run(grad_fn, jnp.zeros(3), tx, batches, result.arrivals)
-np.testing.assert_allclose(result.params, replayed.params, rtol=1e-13)
-print("as it should")
-"""
-
-
-def test_float64():
-    """The workers compute in it where the caller does."""
-    code = X64.format(tests=str(pathlib.Path(__file__).parent))
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert "as it should" in done.stdout, done.stderr[-3000:]
-
-
-def test_compensation_of_plain_sgd_is_that_of_the_gradient():
-    """By the formula: λ g ⊙ g ⊙ (w − w_s), over g."""
-    lamda, rate = 3.0, 0.3
-    tx = optax.chain(add_delay_compensation(lamda, store=None), optax.sgd(rate))
-    result = train(40, tx=tx, compensation_every=1)
-    versions, history = [PARAMS], result.history
-    for t in range(40):
-        stale, batch = versions[history.version[t]], history.batch[t] % 64
-        _, grads = grad_fn(stale, (X[batch], Y[batch]), None)
-        added = jax.tree.map(lambda g, w, s: lamda * g * g * (w - s), grads, versions[-1], stale)
-        ratio = optax.tree.norm(added) / optax.tree.norm(grads)
-        np.testing.assert_allclose(history.compensation[t], ratio, 1e-3, 1e-5)
-        versions.append(
-            jax.tree.map(lambda w, g, c: w - rate * (g + c), versions[-1], grads, added)
-        )
-
-
-# The example.
-
-
-def test_the_example(tmp_path):
-    example = pathlib.Path(__file__).parents[1] / "examples" / "ray_parameter_server.py"
-    options = ["--gradients", "120", "--compute-time", "0.005", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, str(example), *options],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "unstable API" not in done.stderr  # each run starts Ray with what the first was given
-    assert {p.name for p in tmp_path.iterdir()} == {
-        *("asgd.npz", "dc-asgd.npz", "results.json", "staleness.png"),
-    }
-    rows = json.loads((tmp_path / "results.json").read_text())
-    assert rows["SSGD"]["updates"] == 30
-    assert rows["SSGD"]["largest staleness"] == 0 < rows["ASGD"]["largest staleness"]
-    for method in ("SSGD", "ASGD", "DC-ASGD"):
-        assert re.search(rf"^{method} +[\d.]+%", done.stdout, re.MULTILINE)
-    arrivals = simulation.Arrivals.load(tmp_path / "asgd.npz")
-    assert len(arrivals.worker) == 120
+    with meanwhile(again):
+        train(1500, batches=cases.Batches(0.005), name="taken")
 
 
 # What users read.
 
 
+def test_the_example_of_the_docstring():
+    """Without the mark that keeps the default suite from starting Ray."""
+    train_doc = parameter_server.train.__doc__
+    assert "# doctest: +SKIP" in train_doc
+    code = train_doc.replace("# doctest: +SKIP", "")
+    # By this name of the module, functions are sent to the workers by value.
+    example = doctest.DocTestParser().get_doctest(code, {"__name__": "__main__"}, "train", None, 0)
+    results = doctest.DocTestRunner().run(example)
+    assert results.failed == 0 < results.attempted
+
+
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
-    page = (pathlib.Path(__file__).parent.parent / "docs" / "parameter_server.md").read_text()
+    page = (PROJECT / "docs" / "parameter_server.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}  # so that functions are sent to the workers by value
@@ -286,3 +247,20 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     result = names["result"]
     assert result.history.loss[-100:].mean() < 0.1 * result.history.loss[:10].mean()
     assert (tmp_path / "run" / "1000").is_dir()
+
+
+def test_the_example(tmp_path):
+    example = str(PROJECT / "examples" / "ray_parameter_server.py")
+    options = ["--gradients", 120, "--compute-time", 0.005, "--out", tmp_path]
+    printed, errors = run_python(example, *options, timeout=300)
+    assert "unstable API" not in errors  # each run starts Ray with what the first was given
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("asgd.npz", "dc-asgd.npz", "results.json", "staleness.png"),
+    }
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows["SSGD"]["updates"] == 30
+    assert rows["SSGD"]["largest staleness"] == 0 < rows["ASGD"]["largest staleness"]
+    for method in ("SSGD", "ASGD", "DC-ASGD"):
+        assert re.search(rf"^{method} +[\d.]+%", printed, re.MULTILINE)
+    arrivals = simulation.Arrivals.load(tmp_path / "asgd.npz")
+    assert len(arrivals.worker) == 120

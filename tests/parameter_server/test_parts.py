@@ -1,0 +1,277 @@
+"""The server's parts, each without Ray."""
+
+import itertools
+import random
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import ray
+from parameter_server_cases import PARTS_PARAMS as PARAMS
+
+from optax_dcasgd.parameter_server import (
+    _bound,
+    _calls,
+    _history,
+    _metrics,
+    _server,
+    _worker,
+)
+from optax_dcasgd.parameter_server._book import Book, Push
+from optax_dcasgd.parameter_server._transport import Layout
+from optax_dcasgd.parameter_server._update import Version
+
+# The bound on staleness.
+
+
+def can_all_be_applied(staleness, max_staleness):
+    """Whether there is an order that keeps the bound, by trying all."""
+    return any(
+        all(tau + earlier <= max_staleness for earlier, tau in enumerate(order))
+        for order in itertools.permutations(staleness)
+    )
+
+
+def test_the_bound_allows_exactly_what_can_be_kept():
+    for size in range(5):
+        for staleness in itertools.product(range(4), repeat=size):
+            for limit in range(5):
+                pulled = can_all_be_applied([*staleness, 0], limit)
+                assert _bound.may_pull(list(staleness), limit) == pulled
+                for i, tau in enumerate(staleness):
+                    rest = [other + 1 for j, other in enumerate(staleness) if j != i]
+                    if tau <= limit:
+                        applied = can_all_be_applied(rest, limit)
+                        assert _bound.may_apply(list(staleness), i, limit) == applied
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 5])
+def test_nobody_waits_for_ever(limit):
+    """Workers of random speed: the bound is kept, and there is always something to do."""
+    draw, book, version, idle = random.Random(limit), Book(limit), 0, set(range(6))
+    for _ in range(2000):
+        while idle and book.may_pull(version):
+            book.pull(idle.pop(), Version(version, b"", None), is_alone=False)
+        assert not book.is_empty()
+        if book.computing() and draw.random() < 0.7:
+            book.push(Push(book.answered(draw.choice(book.computing())), 0.0, 0.0, b""))
+        while push := book.next_push(version):
+            assert version - push.pull.version.number <= limit
+            version += 1
+            idle.add(push.pull.worker)
+    assert version > 200
+
+
+# Metrics.
+
+
+class _Recorded:
+    """In the place of one of Ray's metrics: what it was told, by name."""
+
+    told: ClassVar[dict] = {}
+
+    def __init__(self, name, description, tag_keys):
+        assert description
+        self._name, self._keys, self._tags = name, tag_keys, {}
+
+    def set_default_tags(self, tags):
+        self._tags = tags
+
+    def _tell(self, value, tags=None):
+        tags = self._tags | (tags or {})
+        assert tags.keys() == set(self._keys)
+        self.told.setdefault(self._name, []).append((value, tags))
+
+    inc = set = _tell
+
+
+def test_what_rays_metrics_are_told(monkeypatch):
+    monkeypatch.setattr(_metrics.metrics, "Counter", _Recorded)
+    monkeypatch.setattr(_metrics.metrics, "Gauge", _Recorded)
+    monkeypatch.setattr(_Recorded, "told", {})
+    rows = np.zeros(3, _history.DTYPE)
+    rows["loss"], rows["staleness"] = [1, 2, 6], [0, 1, 2]
+    run = _metrics.Metrics("mine")
+    run.updates(rows)
+    run.updates(rows[:0])
+    run.event("dropped")
+    assert _Recorded.told == {
+        "optax_dcasgd_updates": [(3, {"run": "mine"})],
+        "optax_dcasgd_loss": [(3.0, {"run": "mine"})],
+        "optax_dcasgd_staleness": [(1.0, {"run": "mine"})],
+        "optax_dcasgd_events": [(1, {"run": "mine", "kind": "dropped"})],
+    }
+
+
+# The server's loop, its book and its calls.
+
+
+def test_who_is_missing_is_said_while_nothing_happens(monkeypatch):
+    for metric in ("Counter", "Gauge"):
+        monkeypatch.setattr(_metrics.metrics, metric, _Recorded)
+    layout = Layout(PARAMS)
+    options = _server.Options(
+        mode="async",
+        num_workers=2,
+        num_updates=10,
+        max_staleness=None,
+        on_stale="wait",
+        checkpoint_dir=None,
+        checkpoint_every=100,
+        compensation_every=None,
+        max_bad_pushes=0,
+        name=None,
+        signature=[],
+    )
+    server = _server.Server(optax.sgd(0.1), PARAMS, (layout, layout, layout), options, {})
+    server._roster.members = {0, 1}
+    server._roster.ready(1, is_idle=False)
+    assert not server.advance(0.2).events  # not yet
+    monkeypatch.setattr(_server, "_PATIENCE", 0.0)
+    event, *_ = server.advance(0.2).events
+    assert event.kind == "waiting"
+    assert "not started: [0]; that are computing: none" in event.message
+
+
+def book_with_dropped(batch, worker):
+    book = Book(None)
+    assert [book.pull(worker, None, is_alone=False) for _ in range(batch + 1)][-1] == batch
+    book.drop(book.answered(worker))
+    return book
+
+
+@pytest.mark.parametrize(
+    ("index", "is_alone", "chosen"),
+    [
+        (0, False, 6),  # it was too slow with batch 5
+        (1, False, 5),
+        (0, True, 5),  # nobody else is there, though others may be waited for
+    ],
+)
+def test_a_dropped_batch_is_for_another_worker_if_there_is_one(index, is_alone, chosen):
+    book = book_with_dropped(5, worker=0)
+    assert book.pull(index, None, is_alone=is_alone) == chosen
+    assert book.pull(1, None, is_alone=False) == {6: 5, 5: 6}[chosen]
+
+
+@pytest.mark.parametrize(("num_workers", "most"), [(1, 2), (4, 4)])
+def test_a_batch_over_which_more_workers_are_lost_than_there_are_is_refused(num_workers, most):
+    book = Book(None)
+    for _ in range(most):
+        assert book.pull(0, None, is_alone=True) == 0
+        assert book.lost(0, num_workers) is None
+    assert book.pull(0, None, is_alone=True) == 0
+    pull, reason = book.lost(0, num_workers)
+    assert pull.batch == 0
+    assert reason == f"{most + 1} workers were lost over batch 0"
+    assert book.lost(0, num_workers) is None  # it has nothing to do
+    assert book.pull(0, None, is_alone=True) == 1
+
+
+def test_what_is_under_way_is_computed_again_after_a_restart():
+    book = book_with_dropped(0, worker=0)
+    for worker in (0, 1):
+        book.pull(worker, None, is_alone=False)
+    book.push(Push(book.answered(1), 0.0, 0.0, b""))
+    book.pull(1, None, is_alone=False)
+    restored = Book(None)
+    restored.restore(book.to_save())
+    assert [restored.pull(0, None, is_alone=False) for _ in range(4)] == [0, 1, 2, 3]
+
+
+class Actor:
+    """A worker's actor as `Calls` knows it; each call is an object."""
+
+    def __init__(self):
+        self.calls = []
+        self.ready = self.gradient = self
+
+    def options(self, max_task_retries):
+        assert max_task_retries == -1
+        return self
+
+    def remote(self, *args):
+        self.calls.append(args)
+        return object()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_gone"),
+    [
+        (ray.exceptions.ActorUnavailableError("it restarts", bytes(16)), False),
+        (ray.exceptions.ActorDiedError(), True),
+        (ray.exceptions.RuntimeEnvSetupError("no such package"), True),
+    ],
+)
+def test_a_worker_that_does_not_come(error, is_gone, monkeypatch):
+    """Ray is asked again if the worker may come back. A task that fails is never sent again."""
+
+    def get(ref):
+        if answers:
+            return answers.pop()
+        raise error
+
+    monkeypatch.setattr(ray, "wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr(ray, "get", get)
+    calls, actor, answers = _calls.Calls(), Actor(), []
+    calls.start(0, actor)
+    ((index, news),) = calls.wait(0.1)
+    assert index == 0
+    assert type(news) is (_calls.Gone if is_gone else _calls.Lost)
+    assert str(error).strip().splitlines()[0] in news.reason
+    assert actor.calls == [()] if is_gone else [(), ()]
+    if is_gone:
+        assert calls.wait(0.01) == []
+        calls.start(0, actor)
+    answers.append(None)
+    assert calls.wait(0.1) == [(0, _calls.Ready())]
+    calls.send(0, 7, b"params")
+    ((_, news),) = calls.wait(0.1)
+    assert type(news) is _calls.Lost  # in the middle of a task, whatever the error
+    assert actor.calls[-2:] == [(7, b"params"), ()]
+
+
+# Workers.
+
+
+def make_worker(grad_fn, batches, params):
+    layout = Layout(params)
+    return _worker.Worker(grad_fn, batches, jax.random.key(0), layout, layout, layout), layout
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(SystemExit(3), "SystemExit: 3"), (ValueError("\ud800"), "\\ud800")]
+)
+def test_a_worker_survives_what_batches_raise(error, told):
+    def batches(i):
+        raise error
+
+    worker, layout = make_worker(lambda *_: None, batches, PARAMS)
+    worker.ready()
+    refused = worker.gradient(7, layout.pack(jax.tree.leaves(PARAMS)))
+    assert isinstance(refused, _worker.Refused)
+    assert "failed on batch 7:\n" in refused.reason
+    assert told in refused.reason
+
+
+def test_a_model_without_parameters():
+    worker, layout = make_worker(lambda params, *_: (jnp.ones(()), params), lambda i: i, {})
+    computed = worker.gradient(0, layout.pack([]))
+    assert (computed.loss, computed.packed) == (1.0, b"")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", [0, 1, 150_000, -1])
+def test_one_number_that_is_not_finite_is_found(bad, where):
+    """In an array so large that the compiler splits its reduction."""
+    grad = np.random.default_rng(0).normal(size=300_000).astype(np.float32)
+    worker, layout = make_worker(
+        lambda params, batch, key: (jnp.zeros(()), {"w": batch}), lambda i: grad, {"w": grad}
+    )
+    packed = layout.pack([grad])
+    assert isinstance(worker.gradient(0, packed), _worker.Computed)
+    grad[where] = bad
+    assert worker.gradient(0, packed) == _worker.Refused("grads['w'] is not finite (batch 0)")

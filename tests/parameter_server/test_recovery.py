@@ -1,0 +1,183 @@
+"""Checkpoints, really written: a server dies, a run goes on, a disk is full, Ctrl-C."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import chex
+import numpy as np
+import optax
+import parameter_server_cases as cases
+import psutil
+import pytest
+from parameter_server_cases import PARAMS, X
+from parameter_server_runs import (
+    ON_RAY,
+    assert_sound,
+    kill_server,
+    kinds,
+    meanwhile,
+    train,
+    wait_for_server,
+    wait_until,
+)
+
+from optax_dcasgd.parameter_server import _driver
+
+pytestmark = ON_RAY
+
+
+def versions(directory):
+    """Those of the checkpoints that are complete."""
+    return {int(p.name) for p in directory.iterdir() if p.name.isdigit()}
+
+
+def test_a_server_that_is_killed_goes_on_from_its_checkpoint(tmp_path):
+    seen = set()
+
+    def until():
+        seen.update(wait_until(lambda: versions(tmp_path) - seen))
+        time.sleep(0.3)
+
+    with meanwhile(kill_server, until, 2):
+        options = {"checkpoint_dir": tmp_path, "checkpoint_every": 100}
+        result = train(900, batches=cases.Batches(0.01), **options)
+    assert kinds(result)["server lost"] == 2
+    assert kinds(result)["resumed"] == 2
+    assert len(result.history.loss) == 900
+    assert_sound(result)
+
+
+def test_a_server_that_dies_before_its_last_checkpoint(tmp_path, monkeypatch):
+    """The updates since the one before are done again."""
+    save, killed = _driver.Driver._save, []
+
+    def kill_and_save(driver):
+        if not killed:
+            killed.append(True)
+            kill_server(wait_for_server)
+        return save(driver)
+
+    monkeypatch.setattr(_driver.Driver, "_save", kill_and_save)
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 100}
+    result = train(250, batches=cases.Batches(0.005), **options)
+    assert len(result.history.loss) == 250
+    assert [event.kind for event in result.events] == ["server lost", "resumed"]
+    assert_sound(result)
+    assert 250 in versions(tmp_path)
+
+
+def test_without_checkpoints_a_dead_server_is_an_error():
+    def until():
+        wait_for_server()
+        time.sleep(3)
+
+    with (
+        meanwhile(kill_server, until),
+        pytest.raises(RuntimeError, match=r"The server died .* without checkpoint_dir"),
+    ):
+        train(100_000, batches=cases.Batches(0.005))
+
+
+def test_resumed_by_default(tmp_path):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 30}
+    first = train(80, **options)
+    result = train(200, **options)
+    chex.assert_trees_all_equal(
+        first.history, type(first.history)(*(c[:80] for c in result.history))
+    )
+    assert [event.kind for event in result.events] == ["resumed"]
+    assert_sound(result)
+    again = train(200, **options)  # nothing is left to do
+    chex.assert_trees_all_equal((again.params, again.state), (result.params, result.state))
+
+    wider = {**PARAMS, "out": np.zeros((8, 4), np.float32)}
+    of_wider = {"params": wider, "batches": (X, np.zeros((64, 16, 4), np.float32))}
+    for num_updates, more, message in [
+        (100, {}, "num_updates must be at least 200"),
+        (300, {"resume": False}, "holds a run of 200 updates"),
+        (300, of_wider, r"another model: .*\['out'\]: float32\[8, 3\] there"),
+        (300, {"tx": optax.sgd(0.1)}, "holds another model"),
+        (300, {"mode": "sync"}, "mode: async there and mode: sync here"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(num_updates, **more, **options)
+
+
+def test_a_directory_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"checkpoint_dir .*file/run cannot be written"):
+        train(checkpoint_dir=tmp_path / "file" / "run")
+    other = tmp_path / "other"
+    (other / "7").mkdir(parents=True)
+    with pytest.raises(ValueError, match="none of the parameter server's"):
+        train(checkpoint_dir=other)
+
+
+def test_a_full_disk_does_not_end_training(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    options = {"checkpoint_dir": small, "checkpoint_every": 20}
+    try:
+        if mounted:
+            result = train(200, **options)
+        else:  # who may not mount loses the directory instead
+            thread = threading.Timer(6, lambda: (small.rename(tmp_path / "gone"), small.touch()))
+            thread.start()
+            result = train(1000, batches=cases.Batches(0.03), **options)
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(small)], check=True)
+    assert kinds(result)["checkpoint failed"] > 0
+    assert_sound(result)
+
+
+SCRIPT = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+sys.path.insert(0, sys.argv[1])
+import parameter_server_cases as cases
+from ray import cloudpickle
+cloudpickle.register_pickle_by_value(cases)
+from optax_dcasgd import parameter_server
+parameter_server.train(
+    cases.grad_fn, cases.PARAMS, cases.TX, cases.Batches(0.01), num_workers=2,
+    num_updates=1_000_000, checkpoint_dir=sys.argv[2], checkpoint_every=50, progress=False,
+)
+"""
+
+
+def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(tmp_path):
+    before = {p.pid for p in psutil.process_iter()}
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(pathlib.Path(__file__).parent), str(tmp_path)],
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: process.poll() is not None or max(versions(tmp_path), default=0) >= 100)
+    assert process.poll() is None, process.communicate()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    assert "Interrupted; a checkpoint of" in errors
+    assert int(errors.split("Interrupted; a checkpoint of ")[1].split()[0]) in versions(tmp_path)
+
+    def strays():
+        return [
+            p
+            for p in psutil.process_iter(["name", "cmdline"])
+            if p.pid not in before and "ray" in " ".join(p.info["cmdline"] or [p.info["name"]])
+        ]
+
+    wait_until(lambda: not strays())
