@@ -258,7 +258,7 @@ def problem():
 
 
 DC = optax.chain(
-    add_delay_compensation(8.0, decay=0.95, clip=1.0, store=None), optax.sgd(0.02, momentum=0.9)
+    add_delay_compensation(), optax.sgd(0.02, momentum=0.9)
 )
 
 

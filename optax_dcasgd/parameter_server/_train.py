@@ -56,7 +56,7 @@ def train(
     :math:`w_v` and the next batch, and computes :math:`g` there. When its answer is applied, the
     parameters are :math:`w_t`, and the optimizer's ``update`` gets the extra arguments
     ``stale_params`` (:math:`w_v`), ``worker`` and ``staleness`` (t − v). With
-    ``optax.chain(add_delay_compensation(lamda, store=None), ...)`` this is DC-ASGD.
+    ``optax.chain(add_delay_compensation(), ...)`` this is DC-ASGD.
 
     Args:
       grad_fn: ``grad_fn(params, batch, key) -> (loss, grads)``, such as
@@ -121,7 +121,7 @@ def train(
       >>> import jax, jax.numpy as jnp, optax
       >>> from optax_dcasgd import add_delay_compensation, parameter_server
       >>> grad_fn = jax.value_and_grad(lambda w, x, key: jnp.mean((x @ w - x.sum(-1)) ** 2))
-      >>> tx = optax.chain(add_delay_compensation(0.1, store=None), optax.sgd(0.05))
+      >>> tx = optax.chain(add_delay_compensation(0.1, decay=None, clip=None), optax.sgd(0.05))
       >>> batches = jax.random.normal(jax.random.key(0), (200, 32, 3))
       >>> options = dict(num_workers=2, num_updates=200, progress=False)
       >>> result = parameter_server.train(  # doctest: +SKIP

@@ -24,9 +24,7 @@ PARAMS = {
     "out": _rng.normal(size=(8, 3)).astype(np.float32) * 0.4,
 }
 PARTS_PARAMS = {"w": np.linspace(-1, 1, 6, dtype=np.float32), "b": np.float32(0.5)}
-TX = optax.chain(
-    add_delay_compensation(8.0, decay=0.95, clip=1.0, store=None), optax.sgd(0.02, momentum=0.9)
-)
+TX = optax.chain(add_delay_compensation(), optax.sgd(0.02, momentum=0.9))
 
 
 def loss(params, batch, key):

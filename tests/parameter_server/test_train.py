@@ -115,7 +115,7 @@ def test_an_optimizer_with_a_random_key_in_its_state(tmp_path):
 def test_compensation_of_plain_sgd_is_that_of_the_gradient():
     """By the formula: λ g ⊙ g ⊙ (w − w_s), over g."""
     lamda, rate = 3.0, 0.3
-    tx = optax.chain(add_delay_compensation(lamda, store=None), optax.sgd(rate))
+    tx = optax.chain(add_delay_compensation(lamda, decay=None, clip=None), optax.sgd(rate))
     result = train(40, tx=tx, compensation_every=1)
     versions, history = [PARAMS], result.history
     for t in range(40):

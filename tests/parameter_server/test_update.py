@@ -9,7 +9,7 @@ import pytest
 import reference
 from parameter_server_cases import PARTS_PARAMS as PARAMS
 
-from optax_dcasgd import add_delay_compensation, dcasgd, scale_by_staleness
+from optax_dcasgd import add_delay_compensation, dcasgd, remember_params, scale_by_staleness
 from optax_dcasgd.parameter_server._transport import Layout, from_raw, to_raw
 from optax_dcasgd.parameter_server._update import Gradient, Update
 
@@ -126,9 +126,9 @@ def test_updates_are_algorithm_2(params):
 
 TXS = {
     "dcasgd": dcasgd(0.1, 0.9, 2.0, decay=0.9, store=None),
-    "Adam": optax.chain(add_delay_compensation(2.0, clip=1.0, store=None), optax.adam(0.1)),
+    "Adam": optax.chain(add_delay_compensation(2.0, decay=None), optax.adam(0.1)),
     "by staleness": optax.chain(scale_by_staleness(), optax.sgd(0.1)),
-    "by worker": optax.chain(add_delay_compensation(0.1, num_workers=3), optax.sgd(0.1, 0.9)),
+    "by worker": remember_params(dcasgd(0.1, 0.9, 0.1, store=None), num_workers=3),
 }
 
 
@@ -174,7 +174,9 @@ def test_published_versions_do_not_change_with_later_updates():
 
 def test_compensation_is_relative_to_the_gradient():
     lamda, rate = 3.0, 0.3
-    tx = optax.chain(add_delay_compensation(lamda, store=None), optax.sgd(rate, momentum=0.9))
+    tx = optax.chain(
+        add_delay_compensation(lamda, decay=None, clip=None), optax.sgd(rate, momentum=0.9)
+    )
     update, gradient = updater(tx)
     first, (*earlier, grads) = update.publish(0), pushes(4)
     update.apply([gradient(g, first) for g in earlier])
