@@ -1,56 +1,52 @@
 """Both kernels, in their interpreters, compute what the reference does."""
 
+import functools
+
 import jax
+import kernel_cases
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_cases import (
-    DTYPES,
-    FEW_SHAPES,
-    MODES,
-    SHAPES,
-    SHAPES_WITH_NUMBERS,
-    KernelTests,
-)
+from kernel_cases import ALL, EACH_DTYPE, EACH_MODE, EACH_SHAPE, MODES, SHAPES_WITH_NUMBERS, Case
 
 from optax_dcasgd.kernels import mosaic_gpu, mosaic_tpu
 
-each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-each_few_shapes = pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
-each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
-each_form = pytest.mark.parametrize("step", [False, True], ids=["update", "step"])
+BIG_MODES = ["stored, DC-a, clip", "stored, and known", "updates"]  # each other arrays
 
 
-class EveryCase(KernelTests):
-    @each_shape
-    @each_dtype
-    @each_form
-    def test_shape(self, shape, dtypes, step):
-        self.check(MODES["stored, DC-a, clip"], shape, *dtypes, step)
+class EveryCase:
+    @pytest.mark.parametrize(
+        "cases", [EACH_MODE, EACH_SHAPE, EACH_DTYPE], ids=["mode", "shape", "dtype"]
+    )
+    def test_each(self, cases):
+        kernel_cases.check(self.kernel, cases)
 
-    @each_mode
-    @each_few_shapes
-    @each_form
-    def test_mode(self, mode, shape, step):
-        self.check(mode, shape, "float32", "float32", step)
-
-    @each_dtype
-    @each_few_shapes
-    @each_form
-    def test_dtype(self, dtypes, shape, step):
-        self.check(MODES["updates"], shape, *dtypes, step)
-        self.check(MODES["stored, no momentum"], shape, *dtypes, step)
+    @pytest.mark.slow
+    @pytest.mark.parametrize("mode", MODES)
+    def test_all_dtypes_in_a_mode(self, mode):
+        kernel_cases.check(self.kernel, [case for case in ALL if case.mode == mode])
 
 
 class TestMosaicTPU(EveryCase):
-    @staticmethod
-    def kernel(*args, step):
-        return mosaic_tpu.leaf(*args, step=step, interpret=True)
+    kernel = staticmethod(functools.partial(mosaic_tpu.update, interpret=True))
+
+    @pytest.mark.parametrize("mode", BIG_MODES)
+    def test_several_blocks(self, mode, monkeypatch):
+        """The blocks hold 2,048 numbers or so, and less at the ends."""
+        monkeypatch.setattr(mosaic_tpu, "_BLOCK_BYTES", 2048 * 36)
+        shapes = [(5000,), (40, 1100), (5, 3, 130)]
+        kernel_cases.check(self.kernel, [Case(mode, shape) for shape in shapes])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("mode", BIG_MODES)
+    def test_several_blocks_of_full_size(self, mode):
+        kernel_cases.check(self.kernel, [Case(mode, shape) for shape in [(300, 1100), (400_000,)]])
 
 
 class TestMosaicGPU(EveryCase):
+    kernel = staticmethod(functools.partial(mosaic_gpu.update, interpret=InterpretGPUParams()))
+
     @pytest.fixture(autouse=True)
     def mend_the_interpreter_of_jax_0_10(self, monkeypatch):
         """Its compiler needs none of this.
@@ -66,19 +62,16 @@ class TestMosaicGPU(EveryCase):
         )
         monkeypatch.setattr(plgpu, "layout_cast", lambda x, _: x)
 
-    @staticmethod
-    def kernel(*args, step):
-        return mosaic_gpu.leaf(*args, step=step, interpret=InterpretGPUParams())
-
 
 @pytest.mark.parametrize(
     "shape", [*SHAPES_WITH_NUMBERS, (4096, 4096), (1 << 24,), (512, 512, 3, 3)], ids=str
 )
-def test_a_tpu_block_covers_the_array_and_fits(shape):
+@pytest.mark.parametrize("elements", [2048, 100_000])
+def test_a_tpu_block_covers_the_array_and_fits(shape, elements):
     view = mosaic_tpu._view(shape)
-    elements = 100_000
     block = mosaic_tpu._block(view, elements)
     assert len(block) == len(view)
+    assert min(block) > 0
     if len(view) == 1:
         assert block == view or (block[0] % 2048 == 0 and block[0] <= elements)
         return
@@ -87,7 +80,3 @@ def test_a_tpu_block_covers_the_array_and_fits(shape):
     assert columns == view[2] or columns % 128 == 0
     padded = -(-rows // 16) * 16 * -(-columns // 128) * 128
     assert block[0] * padded <= max(elements, padded)
-
-
-def test_no_tpu_block_is_empty():
-    assert jax.tree.all(jax.tree.map(lambda n: n > 0, mosaic_tpu._block((1, 16, 1024), 10)))
