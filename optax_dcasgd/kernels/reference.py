@@ -84,10 +84,10 @@ def update(
 
         g̃ = g + λ_t·g²·(w − w_s);   mom' = μ·mom − lr·g̃;   w' = w + mom';   prev' = w
 
-    In a donated step w' takes the buffer of w, prev' that of prev, mom' that of mom (or, where the
-    caller returns the state first, w' that of mom, prev' that of w, mom' that of prev). XLA writes
-    all three in place if whatever reads a buffer comes before what is written there; where the
-    order is open, it copies the buffer first. So the order is made a matter of data:
+    In a donated step w' takes the buffer of w, prev' that of prev, mom' that of mom (or, where
+    the caller takes the state first and returns it last, w' that of mom, prev' that of w, mom' that
+    of prev). XLA writes all three in place if whatever reads a buffer comes before what is written
+    there; where the order is open, it copies the buffer first. So the order is made a matter of data:
 
         mom'   = ...                     reads w and prev
         prev'  = count ≥ 0 ? w : mom'    after mom'; reads w

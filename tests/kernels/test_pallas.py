@@ -159,9 +159,7 @@ def lower_kernels(cases):
     args = [arguments(MODES[case.mode], (5000,), *case.dtypes) for case in cases]
 
     def run(args):
-        return [
-            mosaic_gpu.update(*a, step=case.step) for a, case in zip(args, cases, strict=True)
-        ]
+        return [mosaic_gpu.update(*a, step=case.step) for a, case in zip(args, cases, strict=True)]
 
     return custom_calls(jax.jit(run).trace(args).lower(lowering_platforms=("cuda",)))
 
