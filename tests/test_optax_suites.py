@@ -19,40 +19,49 @@ from optax_suites import Variant
 import optax_dcasgd as dc
 
 
-def dcasgd_of_a_worker(learning_rate: optax.ScalarOrSchedule, momentum=None):
+def of_a_worker(inner):
     """One backup per worker. The suites do not name the worker, so it is always the same one."""
-    tx = dc.dcasgd(learning_rate, momentum, num_workers=3)
+    tx = dc.remember_params(inner, num_workers=3)
     return optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, worker=1))
 
 
-def dcasgd_without_backup(learning_rate: optax.ScalarOrSchedule, momentum=None):
-    """Nothing remembered. The suites' gradients are fresh: the stale parameters are the present."""
-    tx = dc.dcasgd(learning_rate, momentum, store=None)
+def dcasgd_of_a_worker(learning_rate: optax.ScalarOrSchedule, momentum=None):
+    return of_a_worker(dc.dcasgd(learning_rate, momentum, store=None))
 
-    def update(updates, state, params, **extra):
-        return tx.update(updates, state, params, stale_params=params, **extra)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+def dcasgd_of_the_last_update(learning_rate: optax.ScalarOrSchedule, momentum=None):
+    return dc.remember_params(dc.dcasgd(learning_rate, momentum, store=None))
+
+
+def dcasgd_of_fresh_gradients(learning_rate: optax.ScalarOrSchedule, momentum=None):
+    return dc.delay_gradients(dc.dcasgd(learning_rate, momentum, store=None), 0)
 
 
 def delay_compensated_sgd(learning_rate: optax.ScalarOrSchedule, momentum=None):
-    return optax.chain(dc.add_delay_compensation(), optax.sgd(learning_rate, momentum))
+    rule = dc.add_delay_compensation(0.04, decay=None, clip=None)
+    return dc.remember_params(optax.chain(rule, optax.sgd(learning_rate, momentum)))
 
 
 def delay_compensated_adam(learning_rate: optax.ScalarOrSchedule):
-    return optax.chain(dc.add_delay_compensation(decay=0.95), optax.adam(learning_rate))
+    return dc.remember_params(optax.chain(dc.add_delay_compensation(), optax.adam(learning_rate)))
 
 
 def gap_aware_sgd(learning_rate: optax.ScalarOrSchedule, momentum=None):
-    return optax.chain(dc.scale_by_gap(), optax.sgd(learning_rate, momentum))
+    return dc.remember_params(optax.chain(dc.scale_by_gap(), optax.sgd(learning_rate, momentum)))
 
 
-def with_master_weights():
-    return dc.with_master_weights(optax.sgd(1e-3, 0.9))
+def robust_sgd(learning_rate: optax.ScalarOrSchedule, momentum=None):
+    rule = dc.robust_delay_compensation()
+    return dc.remember_params(optax.chain(rule, optax.sgd(learning_rate, momentum)))
 
 
-def delay_gradients():
-    return dc.delay_gradients(optax.sgd(1e-3, 0.9), 2)
+def remembering(rule):
+    """A rule by itself, told the parameters of the last update."""
+    return lambda **kwargs: dc.remember_params(rule(**kwargs))
+
+
+def wrapped(wrapper, *args):
+    return lambda: wrapper(optax.sgd(1e-3, 0.9), *args)
 
 
 def sgd(learning_rate, momentum=None, **_):
@@ -92,18 +101,22 @@ MORE_OPTIMIZERS = [
         sgd,
     ),
     Variant("dcasgd_of_a_worker", dcasgd_of_a_worker, MOMENTUM, sgd),
-    Variant("dcasgd_without_backup", dcasgd_without_backup, MOMENTUM, sgd),
+    Variant("dcasgd_of_the_last_update", dcasgd_of_the_last_update, MOMENTUM, sgd),
+    Variant("dcasgd_of_fresh_gradients", dcasgd_of_fresh_gradients, MOMENTUM, sgd),
     Variant("gap_aware_sgd", gap_aware_sgd, MOMENTUM, sgd),
+    Variant("robust_sgd", robust_sgd, MOMENTUM, sgd),
 ]
 
 # Not optimizers by themselves, or not meant to do as well as those they wrap. The suites that do
 # not look at convergence have room for them.
 TRANSFORMATIONS = [
-    Variant("add_delay_compensation", dc.add_delay_compensation, {}, identity),
-    Variant("add_adaptive_compensation", dc.add_delay_compensation, CLIPPED, identity),
-    Variant("scale_by_gap", dc.scale_by_gap, {}, identity),
-    Variant("with_master_weights", with_master_weights, {}, identity),
-    Variant("delay_gradients", delay_gradients, {}, identity),
+    Variant("add_delay_compensation", remembering(dc.add_delay_compensation), {}, identity),
+    Variant("scale_by_gap", remembering(dc.scale_by_gap), {}, identity),
+    Variant("scale_by_staleness", remembering(dc.scale_by_staleness), {}, identity),
+    Variant("robust", remembering(dc.robust_delay_compensation), {}, identity),
+    Variant("with_master_weights", wrapped(dc.with_master_weights), {}, identity),
+    Variant("delay_gradients", wrapped(dc.delay_gradients, 2), {}, identity),
+    Variant("track_velocity", dc.track_velocity, {}, identity),
 ]
 
 # How many cases Optax's own parameters make of each of its tests, for one optimizer.
