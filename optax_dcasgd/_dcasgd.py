@@ -160,21 +160,21 @@ def fused_dcasgd(
     the other. The new parameters are ``w + m`` rounded once, where ``optax.apply_updates`` rounds
     the update first: in float32 the same, in bfloat16 and float16 closer.
 
-    Donate parameters and state, and return them in the order in which you take them: ``(params,
-    state)`` as in the example. (JAX pairs donated arguments with results of the same shape in
-    order, and ``jax.jit(optimizer.step)`` itself has the state first.) Then every new array is
-    written over an old one, without a temporary of a parameter's size:
+    Donate parameters and state, and return them in the order in which you take them, as in the
+    example. (JAX pairs donated arguments with results of the same shape in order, and
+    ``jax.jit(optimizer.step)`` itself takes the state first.) Then every new array is written over
+    an old one, without a temporary of a parameter's size:
 
     =====================  =====================================  ==================================
-    compiled for           ``(params, state)``                    another order
+    compiled for           in the order taken                     in another order
     =====================  =====================================  ==================================
     TPU, by XLA            in place                               in place
     TPU, Pallas            in place                               arrays are copied
     GPU                    not measured                           not measured
-    CPU                    in place with momentum, and with       arrays are copied
-                           ``store="updates"``; a temporary
-                           a parameter without, or in bfloat16
-                           on JAX 0.10
+    CPU                    in place with momentum, and with       the state taken first and returned
+                           ``store="updates"``; a temporary       last: in place with momentum,
+                           a parameter without, or in bfloat16    ``store="params"`` and no
+                           on JAX 0.10                            ``decay``; else arrays are copied
     =====================  =====================================  ==================================
 
     Args:

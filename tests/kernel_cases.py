@@ -1,15 +1,17 @@
-"""The shapes, dtypes and modes that every kernel is tested with, and the test that each runs."""
+"""The shapes, dtypes and modes that every kernel is tested with, and how it is compared."""
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_dcasgd.kernels import reference
-from optax_dcasgd.kernels.reference import Hyperparameters, Leaf, Operands
+import optax_dcasgd as dc
+from optax_dcasgd._hyperparameters import cast
+from optax_dcasgd.kernels import Operands, Results, reference
 
-# Below, at and beyond a tile, a block and a piece; odd in every dimension; one dimension to four.
+# Below, at and beyond a tile and a GPU's piece; odd in every dimension; one dimension to four.
 SHAPES = [
     (0,),
     (3, 0),
@@ -21,12 +23,10 @@ SHAPES = [
     (3, 5),
     (8, 128),
     (33, 70),
-    (300, 1100),
     (5, 3, 130),
-    (3, 3, 9, 40),
+    (3, 3, 9, 20),
 ]
 SHAPES_WITH_NUMBERS = [shape for shape in SHAPES if 0 not in shape]  # others are left to XLA
-FEW_SHAPES = [(2048 + 5,), (33, 70)]
 DTYPES = [  # of the parameters, of their momentum and ν
     ("float32", "float32"),
     ("float32", "bfloat16"),
@@ -65,8 +65,33 @@ MODES = {
 }
 
 
+class Case(NamedTuple):
+    """One update of one array."""
+
+    mode: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, str] = ("float32", "float32")
+    step: bool = True
+
+
+EACH_MODE = [Case(mode, (1100,), step=step) for mode in MODES for step in (False, True)]
+EACH_SHAPE = [Case("stored, DC-a, clip", shape) for shape in SHAPES]
+EACH_DTYPE = [
+    Case(mode, (33, 70), dtypes, step)
+    for dtypes in DTYPES
+    for mode, step in (("updates", True), ("stored, no momentum, DC-a", False))
+]
+ALL = [
+    Case(mode, shape, dtypes, step)
+    for mode in MODES
+    for shape in [(2048 + 5,), (33, 70)]
+    for dtypes in DTYPES
+    for step in (False, True)
+]
+
+
 def arguments(mode: Mode, shape, dtype="float32", state_dtype="float32"):
-    """Operands of that mode, the update count, and its scalars."""
+    """Operands of that mode, the update count, and its numbers."""
     rng = np.random.default_rng(len(shape) + sum(shape))
 
     def array(scale, dtype=dtype):
@@ -81,50 +106,61 @@ def arguments(mode: Mode, shape, dtype="float32", state_dtype="float32"):
         momentum=None if mode.momentum is None else array(0.1, state_dtype),
         nu=None if mode.decay is None else jnp.abs(array(1.0, state_dtype)),
     )
-    hyperparams = Hyperparameters(
-        learning_rate=0.1,
-        momentum=None if mode.momentum == "update" else mode.momentum,
-        lamda=mode.lamda,
-        decay=mode.decay,
-        eps=1e-7,
-        clip=mode.clip,
+    numbers = cast(
+        {
+            "learning_rate": 0.1,
+            "momentum": None if mode.momentum == "update" else mode.momentum,
+            "lamda": mode.lamda,
+            "decay": mode.decay,
+            "eps": 1e-7,
+            "clip": mode.clip,
+        },
+        jnp.float32,
     )
-    count = jnp.asarray(0 if mode.first else 3, jnp.int32)
-    return operands, count, reference.scalars(hyperparams, jnp.float32)
+    return operands, jnp.asarray(0 if mode.first else 3, jnp.int32), numbers
 
 
-def assert_same(actual: Leaf, expected: Leaf, param) -> None:
+def assert_same(actual: Results, expected: Results, param, what="") -> None:
     """The same structure, shapes and dtypes, and values within one rounding of what was added."""
-    for name in Leaf._fields:
-        a, e = getattr(actual, name), getattr(expected, name)
-        assert (a is None) == (e is None), name
-        if e is None:
-            continue
-        assert (a.shape, a.dtype) == (e.shape, e.dtype), name
-        ulp = float(jnp.finfo(e.dtype).eps)
-        # The compilers contract multiply-adds differently: an error of an ulp of the terms.
-        scale = float(jnp.max(jnp.abs(param).astype(jnp.float32), initial=1.0))
-        np.testing.assert_allclose(
-            np.asarray(a, np.float64),
-            np.asarray(e, np.float64),
-            rtol=2 * ulp,
-            atol=4 * float(jnp.finfo(jnp.float32).eps) * scale,
-            err_msg=name,
-        )
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    # The compilers contract multiply-adds differently: an error of an ulp of the terms.
+    scale = float(jnp.max(jnp.abs(param).astype(jnp.float32), initial=1.0))
+    for name, a, e in zip(Results._fields, actual, expected, strict=True):
+        if e is not None:
+            np.testing.assert_allclose(
+                np.asarray(a, np.float64),
+                np.asarray(e, np.float64),
+                rtol=2 * float(jnp.finfo(e.dtype).eps),
+                atol=4 * float(jnp.finfo(jnp.float32).eps) * scale,
+                err_msg=f"{what} {name}",
+            )
     if expected.prev is not None:
         np.testing.assert_array_equal(np.asarray(actual.prev), np.asarray(param), "prev")
 
 
-class KernelTests:
-    """What a kernel has to do; a subclass per kernel says how it runs here."""
+def check(kernel, cases) -> None:
+    """Compares a kernel, called like `reference.update`, with it; one program for all cases."""
+    given = [arguments(MODES[case.mode], case.shape, *case.dtypes) for case in cases]
 
-    kernel: Any  # like reference.leaf
+    @jax.jit
+    def run(given):
+        return [
+            [update(*args, step=case.step) for update in (kernel, reference.update)]
+            for args, case in zip(given, cases, strict=True)
+        ]
 
-    def check(self, mode: Mode, shape, dtype, state_dtype, step):
-        """Compares one call of the kernel, compiled, with the reference."""
-        operands, count, scalars = arguments(mode, shape, dtype, state_dtype)
-        actual = jax.jit(lambda *args: type(self).kernel(*args, step=step))(
-            operands, count, scalars
-        )
-        expected = reference.leaf(operands, count, scalars, step=step)
-        assert_same(actual, expected, operands.param)
+    for case, (operands, *_), (actual, expected) in zip(cases, given, run(given), strict=True):
+        assert_same(actual, expected, operands.param, case)
+
+
+def make(name, **settings):
+    """`dcasgd` or `fused_dcasgd`, with momentum unless it is given."""
+    return getattr(dc, name)(**{"learning_rate": 0.1, "momentum": 0.9, "lamda": 0.5} | settings)
+
+
+SETTINGS = {
+    "stored": {},
+    "updates": {"store": "updates"},
+    "adaptive": {"decay": 0.9, "clip": 0.5},
+    "no momentum": {"momentum": None},
+}

@@ -48,15 +48,20 @@ class Variant(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One test of Optax's with one variant: `id` is its name, with the class in front."""
+    """One test of Optax's with one variant; the label stands for the other parameters."""
 
+    class_name: str
     test: str
     variant: str
-    id: str
+    label: str
 
     @property
     def method(self) -> str:
-        return self.id.partition(".")[2]
+        return "_".join(filter(None, (self.test, self.variant, self.label)))
+
+    @property
+    def id(self) -> str:
+        return f"{self.class_name}.{self.method}"
 
 
 class Suite(NamedTuple):
@@ -140,8 +145,8 @@ def _label(value: Any) -> str:
 class _Decorators:
     """What stands in for `absl.testing.parameterized` while a suite is imported."""
 
-    def __init__(self, class_name: str, variants: Sequence[Variant], keep: Callable[[str], bool]):
-        self._prefix = class_name + "."
+    def __init__(self, class_name: str, variants: Sequence[Variant], keep: Callable[[Case], bool]):
+        self._class_name = class_name
         self._variants = variants
         self._keep = keep
         self._named_parameters = parameterized.named_parameters
@@ -188,8 +193,8 @@ class _Decorators:
         for variant in self._variants:
             for labels, values in parameters(variant):
                 name = "_".join([variant.name, *labels])
-                case = Case(test.__name__, variant.name, f"{test.__qualname__}_{name}")
-                if not self._keep(case.id):
+                case = Case(self._class_name, test.__name__, variant.name, "_".join(labels))
+                if not self._keep(case):
                     self.left_out.append(case)
                     continue
                 self.cases.append(case)
@@ -200,7 +205,7 @@ class _Decorators:
         return self._named_parameters(*kept)(test) if kept else None
 
     def _not_about_optimizers(self, test):
-        if test.__qualname__.startswith(self._prefix):
+        if test.__qualname__.startswith(f"{self._class_name}."):
             self.other_tests.add(test.__name__)
 
 
@@ -221,14 +226,14 @@ def _import_shims(decorators: _Decorators) -> Iterator[None]:
 def load(
     class_name: str,
     variants: Sequence[Variant],
-    keep: Callable[[str], bool] = lambda case_id: True,
+    keep: Callable[[Case], bool] = lambda case: True,
 ) -> Suite:
     """Makes one of Optax's test classes with `variants` in the place of Optax's optimizers.
 
     Args:
       class_name: A key of `MODULES`.
       variants: The optimizers to test.
-      keep: Whether the case of this id is to be in the class.
+      keep: Whether a case is to be in the class.
 
     Returns:
       The class, and what is in it.

@@ -15,164 +15,41 @@ import pytest
 from absl.testing import parameterized
 from optax._src import alias
 from optax_suites import Variant
-
-import optax_dcasgd as dc
-
-
-def dcasgd_of_a_worker(learning_rate: optax.ScalarOrSchedule, momentum=None):
-    """One backup per worker. The suites do not name the worker, so it is always the same one."""
-    tx = dc.dcasgd(learning_rate, momentum, num_workers=3)
-    return optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, worker=1))
-
-
-def dcasgd_without_backup(learning_rate: optax.ScalarOrSchedule, momentum=None):
-    """Nothing remembered. The suites' gradients are fresh: the stale parameters are the present."""
-    tx = dc.dcasgd(learning_rate, momentum, store=None)
-
-    def update(updates, state, params, **extra):
-        return tx.update(updates, state, params, stale_params=params, **extra)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+from optax_variants import (
+    BY_DEFAULT,
+    CASES,
+    LEFT_OUT,
+    OPTIMIZERS,
+    OTHER_CLASSES,
+    OTHER_TESTS,
+    VARIANTS,
+    sgd,
+)
 
 
-def delay_compensated_sgd(learning_rate: optax.ScalarOrSchedule, momentum=None):
-    return optax.chain(dc.add_delay_compensation(), optax.sgd(learning_rate, momentum))
+def is_default(case):
+    return case.label in BY_DEFAULT[case.class_name].get(case.test, [])
 
-
-def delay_compensated_adam(learning_rate: optax.ScalarOrSchedule):
-    return optax.chain(dc.add_delay_compensation(decay=0.95), optax.adam(learning_rate))
-
-
-def gap_aware_sgd(learning_rate: optax.ScalarOrSchedule, momentum=None):
-    return optax.chain(dc.scale_by_gap(), optax.sgd(learning_rate, momentum))
-
-
-def with_master_weights():
-    return dc.with_master_weights(optax.sgd(1e-3, 0.9))
-
-
-def delay_gradients():
-    return dc.delay_gradients(optax.sgd(1e-3, 0.9), 2)
-
-
-def sgd(learning_rate, momentum=None, **_):
-    return optax.sgd(learning_rate, momentum)
-
-
-def adam(learning_rate, **_):
-    return optax.adam(learning_rate)
-
-
-def identity(**_):
-    return optax.identity()
-
-
-# The learning rates are those of `optax.sgd` and `optax.adam` in Optax's lists.
-LR = {"learning_rate": 1e-3}
-MOMENTUM = LR | {"momentum": 0.9}
-CLIPPED = {"lamda": 2.0, "decay": 0.95, "clip": 1.0}
-
-OPTIMIZERS = [
-    Variant("dcasgd", dc.dcasgd, LR, sgd),
-    Variant("dcasgd_updates", dc.dcasgd, LR | {"store": "updates"}, sgd),
-    Variant("dcasgd_momentum", dc.dcasgd, MOMENTUM, sgd),
-    Variant("dcasgd_momentum_updates", dc.dcasgd, MOMENTUM | {"store": "updates"}, sgd),
-    Variant("dcasgd_adaptive", dc.dcasgd, MOMENTUM | {"decay": 0.95}, sgd),
-    Variant("delay_compensated_sgd", delay_compensated_sgd, MOMENTUM, sgd),
-    Variant("delay_compensated_adam", delay_compensated_adam, {"learning_rate": 1e-1}, adam),
-]
-
-# The two large suites overlap. For these, one of them has to do.
-MORE_OPTIMIZERS = [
-    Variant("dcasgd_clipped", dc.dcasgd, MOMENTUM | CLIPPED | {"store": "updates"}, sgd),
-    Variant(
-        "dcasgd_bfloat16",
-        dc.dcasgd,
-        MOMENTUM | {"decay": 0.95, "accumulator_dtype": "bfloat16"},
-        sgd,
-    ),
-    Variant("dcasgd_of_a_worker", dcasgd_of_a_worker, MOMENTUM, sgd),
-    Variant("dcasgd_without_backup", dcasgd_without_backup, MOMENTUM, sgd),
-    Variant("gap_aware_sgd", gap_aware_sgd, MOMENTUM, sgd),
-]
-
-# Not optimizers by themselves, or not meant to do as well as those they wrap. The suites that do
-# not look at convergence have room for them.
-TRANSFORMATIONS = [
-    Variant("add_delay_compensation", dc.add_delay_compensation, {}, identity),
-    Variant("add_adaptive_compensation", dc.add_delay_compensation, CLIPPED, identity),
-    Variant("scale_by_gap", dc.scale_by_gap, {}, identity),
-    Variant("with_master_weights", with_master_weights, {}, identity),
-    Variant("delay_gradients", delay_gradients, {}, identity),
-]
-
-# How many cases Optax's own parameters make of each of its tests, for one optimizer.
-CASES = {
-    "ContribTest": {
-        "test_optimizers_accept_extra_args": 2,
-        "test_optimizers": 4,
-        "test_optimizers_can_be_wrapped_in_inject_hyperparams": 1,
-        "test_preserve_dtype": 2,
-        "test_gradient_accumulation": 2,
-        "test_state_shape_dtype_shard_stability": 4,
-        "test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such": 1,
-    },
-    "AliasTest": {
-        "test_optimization": 4,
-        "test_optimizers_accept_extra_args": 1,
-        "test_optimizers_can_be_wrapped_in_inject_hyperparams": 1,
-        "test_preserve_dtype": 2,
-        "test_state_shape_dtype_shard_stability": 6,
-        "test_gradient_accumulation": 2,
-    },
-    "Float64Test": {"test_mixed_dtype_input_outputs": 1},
-    "ShardingTest": {
-        "test_init_with_abstract_input": 1,
-        "test_state_sharding_type_init_match_update": 1,
-        "test_state_sharding_type_preserved_with_jit": 1,
-    },
-}
-
-VARIANTS = {
-    "ContribTest": OPTIMIZERS,
-    "AliasTest": OPTIMIZERS + MORE_OPTIMIZERS,
-    "Float64Test": OPTIMIZERS + MORE_OPTIMIZERS + TRANSFORMATIONS,
-    "ShardingTest": OPTIMIZERS + MORE_OPTIMIZERS + TRANSFORMATIONS,
-}
-
-# Tests in the same classes, and classes in the same modules, that are given no optimizer: they name
-# `optax.sgd`, `optax.adam`, `optax.lbfgs` or no optimizer at all.
-OTHER_TESTS = {
-    "ContribTest": set(),
-    "AliasTest": {"test_explicit_dtype"},
-    "Float64Test": set(),
-    "ShardingTest": {"test_microbatch_with_explicit_sharding"},
-}
-OTHER_CLASSES = {
-    "ContribTest": set(),
-    "AliasTest": {"LBFGSTest"},
-    "Float64Test": set(),
-    "ShardingTest": set(),
-}
-
-_TOO_SLOW = "10,000 steps at this learning rate are too few without momentum"
-
-# Cases in which Optax's optimizer with the same hyperparameters fails too, and why. Nothing else
-# may be left out, see `test_what_is_left_out_fails_for_optax_too`.
-LEFT_OUT = {
-    "AliasTest.test_optimization_dcasgd_rosenbrock_complex64": _TOO_SLOW,
-    "AliasTest.test_optimization_dcasgd_updates_rosenbrock_complex64": _TOO_SLOW,
-}
 
 SUITES = {
-    name: optax_suites.load(name, VARIANTS[name], keep=lambda case_id: case_id not in LEFT_OUT)
+    name: optax_suites.load(
+        name, VARIANTS[name], lambda case: is_default(case) and case.id not in LEFT_OUT
+    )
     for name in optax_suites.MODULES
+}
+SLOW = {
+    name: optax_suites.load(
+        name, VARIANTS[name], lambda case: not is_default(case) and case.id not in LEFT_OUT
+    )
+    for name in ("ContribTest", "AliasTest")
 }
 
 ContribTest = SUITES["ContribTest"].test_class
 AliasTest = SUITES["AliasTest"].test_class
 Float64Test = SUITES["Float64Test"].test_class
 ShardingTest = SUITES["ShardingTest"].test_class
+SlowContribTest = pytest.mark.slow(SLOW["ContribTest"].test_class)
+SlowAliasTest = pytest.mark.slow(SLOW["AliasTest"].test_class)
 
 
 @pytest.fixture(autouse=True)
@@ -193,26 +70,28 @@ def test_every_case_is_there(name):
     }
     cases = suite.cases + suite.left_out
     assert collections.Counter((case.test, case.variant) for case in cases) == expected
-    # Pytest, too, asks unittest's loader.
-    collected = unittest.TestLoader().getTestCaseNames(suite.test_class)
-    assert sorted(collected) == sorted(case.method for case in suite.cases)
-    assert not hasattr(suite.test_class, "__unittest_skip__")
+    parts = [suite, SLOW[name]] if name in SLOW else [suite]
+    run = [case.id for part in parts for case in part.cases]
+    left_out = [case_id for case_id in LEFT_OUT if case_id.startswith(f"{name}.")]
+    assert sorted(run + left_out) == sorted(case.id for case in cases)
+    for part in parts:
+        # Pytest, too, asks unittest's loader.
+        collected = unittest.TestLoader().getTestCaseNames(part.test_class)
+        assert sorted(collected) == sorted(case.method for case in part.cases)
+        assert not hasattr(part.test_class, "__unittest_skip__")
+    assert {case.variant for case in suite.cases} == {variant.name for variant in VARIANTS[name]}
     assert suite.other_tests == OTHER_TESTS[name]
     assert suite.other_classes == OTHER_CLASSES[name]
 
 
-def test_what_is_left_out_exists():
-    left_out = [case.id for suite in SUITES.values() for case in suite.left_out]
-    assert sorted(left_out) == sorted(LEFT_OUT)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("case_id", LEFT_OUT)
 def test_what_is_left_out_fails_for_optax_too(case_id):
     class_name = case_id.partition(".")[0]
     (name,) = (case.variant for case in SUITES[class_name].left_out if case.id == case_id)
     (ours,) = (variant for variant in VARIANTS[class_name] if variant.name == name)
     for variant in (ours, ours._replace(factory=ours.twin)):
-        suite = optax_suites.load(class_name, [variant], keep=lambda each: each == case_id)
+        suite = optax_suites.load(class_name, [variant], lambda case: case.id == case_id)
         (case,) = suite.cases
         (failure,) = optax_suites.run_case(suite, case)
         assert "Not equal to tolerance" in failure
@@ -387,7 +266,17 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("test", "factory", "message"), FAULTS, ids=[test for test, *_ in FAULTS])
+def _marks(test):
+    """The same fault of the same test in the other suite, or in a case that is slow itself."""
+    twin = test.replace("ContribTest", "AliasTest").partition("_wrap")[0]
+    return [pytest.mark.slow] if twin != test and any(t == twin for t, *_ in FAULTS) else []
+
+
+@pytest.mark.parametrize(
+    ("test", "factory", "message"),
+    [pytest.param(*fault, marks=_marks(fault[0])) for fault in FAULTS],
+    ids=[test for test, *_ in FAULTS],
+)
 def test_faults_are_found(test, factory, message):
     class_name, _, method = test.partition(".")
     kwargs = {"learning_rate": 1e-3, "momentum": 0.9}

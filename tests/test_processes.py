@@ -3,12 +3,14 @@
 What each process does, and checks by itself, is in `two_processes.py`.
 """
 
+import functools
 import os
 import pathlib
 import socket
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -70,8 +72,7 @@ def on_one_device(name, num_updates=two_processes.UPDATES):
     return params, state
 
 
-def assert_close(actual, expected):
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 1e-5, 1e-6), actual, expected)
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 
 
 def of(results, name):
@@ -79,9 +80,7 @@ def of(results, name):
 
 
 def test_both_processes_end_with_the_same_parameters(two):
-    assert two[0].keys() == two[1].keys()
-    for name in two[0]:
-        np.testing.assert_array_equal(two[0][name], two[1][name])
+    chex.assert_trees_all_equal(*two)
 
 
 @pytest.mark.parametrize("name", two_processes.SHARDED)

@@ -81,7 +81,7 @@ def _whole_pieces(plan: Plan, pieces: int, interpret: Any) -> dict[str, Any]:
             compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=interpret,
             name="dcasgd",
-        )(plan.scalars, *only_read.values(), *refs.values())
+        )(plan.scalars, *only_read.values(), *(refs[k] for k in written))
 
     new: dict[str, Any] = pl.run_state(run)(written)
     return new

@@ -84,9 +84,10 @@ def update(
 
         g̃ = g + λ_t·g²·(w − w_s);   mom' = μ·mom − lr·g̃;   w' = w + mom';   prev' = w
 
-    In a donated step w' takes the buffer of w, prev' that of prev, mom' that of mom. XLA writes all
-    three in place if everything that reads a buffer comes before what is written there; where the
-    order is open, it copies the buffer first. So data dependences fix the order:
+    In a donated step w' takes the buffer of w, prev' that of prev, mom' that of mom. (Where the
+    state is taken first and returned last: w' that of mom, prev' that of w, mom' that of prev.) XLA
+    writes all three in place if everything that reads a buffer comes before what is written there;
+    where the order is open, it copies the buffer first. So data dependences fix the order:
 
         mom'   = ...                     reads w and prev
         prev'  = count ≥ 0 ? w : mom'    after mom'; reads w

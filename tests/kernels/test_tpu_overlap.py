@@ -2,7 +2,7 @@
 
 The steps, and how a schedule is read, are those of benchmarks/tpu_overlap.py.
 
-pytest -m tpu_compile tests/test_tpu_overlap.py
+pytest -m tpu_compile tests/kernels/test_tpu_overlap.py
 """
 
 import importlib.metadata
@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 # As the compiler writes them, with operands and types cut short.
 BLOCKING = """HloModule step, is_scheduled=true
 

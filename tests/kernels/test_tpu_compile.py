@@ -1,6 +1,6 @@
 """What the real TPU compiler makes of a step. It comes with the extra tpu-compile and needs no TPU.
 
-pytest -m tpu_compile tests/test_tpu_compile.py
+pytest -m tpu_compile tests/kernels/test_tpu_compile.py
 """
 
 import importlib.util
@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from kernel_cases import MODES, SHAPES_WITH_NUMBERS, TPU_DTYPES, arguments
+from kernel_cases import MODES, SHAPES_WITH_NUMBERS, TPU_DTYPES, Case, arguments
 
 import optax_dcasgd as dc
 from optax_dcasgd.kernels import mosaic_tpu
 
 pytestmark = pytest.mark.tpu_compile
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks" / "tpu_compile.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "tpu_compile.py"
 SIZE = 1 << 24
+KERNEL = 'custom_call_target="tpu_custom_call"'
 ONE_PASS = {  # bytes a float32 parameter with each array read once and written once
     "fused_dcasgd()": 28,
     "fused_dcasgd(store='updates')": 20,
@@ -76,25 +77,30 @@ def test_the_measure_sees_a_copy():
     assert found["temporaries"] >= 1
 
 
-def compile_leaf(chip, args, step):
-    return benchmark().compile_for(chip, partial(mosaic_tpu.leaf, step=step), *args)
+def kernels_in(chip, cases):
+    """How many kernels are in one program of all these cases."""
+    args = [arguments(MODES[case.mode], case.shape, *case.dtypes) for case in cases]
+
+    def run(*args):
+        return [mosaic_tpu.update(*a, step=case.step) for a, case in zip(args, cases, strict=True)]
+
+    return benchmark().compile_for(chip, run, *args).as_text().count(KERNEL)
 
 
-@pytest.mark.parametrize("step", [False, True], ids=["update", "step"])
 @pytest.mark.parametrize("dtypes", TPU_DTYPES, ids="-".join)
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-def test_the_kernel_compiles_in_every_mode(mode, dtypes, step):
-    compiled = compile_leaf("v5e", arguments(mode, (300, 1100), *dtypes), step)
-    assert "tpu_custom_call" in compiled.as_text()
+def test_the_kernel_compiles_in_every_mode(dtypes):
+    cases = [Case(mode, (300, 1100), dtypes, step) for mode in MODES for step in (False, True)]
+    assert kernels_in("v5e", cases) == len(cases)
 
 
 @each_chip
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_kernel_compiles_for_every_shape(chip, dtype):
-    for shape in SHAPES_WITH_NUMBERS:
-        args = arguments(MODES["stored, DC-a, clip"], shape, dtype, "float32")
-        compiled = compile_leaf(chip, args, True)
-        assert "tpu_custom_call" in compiled.as_text(), shape
+    cases = [
+        Case("stored, DC-a, clip", shape, (dtype, "float32"))
+        for shape in [*SHAPES_WITH_NUMBERS, (300, 1100)]
+    ]
+    assert kernels_in(chip, cases) == len(cases)
 
 
 @pytest.mark.parametrize("shape", [(1 << 16, 12345), ((1 << 29) + 3,)], ids=str)
@@ -104,7 +110,8 @@ def test_the_kernel_compiles_beyond_two_gigabytes(shape):
     big = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(shape if x.shape == (1,) else x.shape, x.dtype), args
     )
-    assert "tpu_custom_call" in compile_leaf("v5p", big, True).as_text()
+    step = partial(mosaic_tpu.update, step=True)
+    assert KERNEL in benchmark().compile_for("v5p", step, *big).as_text()
 
 
 # --- Eight devices ---
