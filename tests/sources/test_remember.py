@@ -33,6 +33,22 @@ def test_one_worker_is_the_inner_optimizer_on_fresh_gradients(rule, inner):
     assert_bit_equal(actual, expected)
 
 
+def test_one_worker_is_told_so_while_tracing():
+    """By the parameters themselves for w_s: zero at run time may be rounded in another way."""
+    calls = []
+
+    def update(updates, state, params, **extra):
+        calls.append((params, extra))
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx = remember_params(inner, num_workers=1)
+    jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS, worker=jnp.int32(0))
+    params, extra = calls[0]
+    assert extra["stale_params"] is params
+    assert extra["staleness"] == 0
+
+
 def test_the_worker_may_be_traced():
     tx = remember_params(optax.chain(RULES["scale_by_staleness"], optax.sgd(0.1)), num_workers=3)
 
