@@ -1,5 +1,7 @@
 """Training can be differentiated: what hyperparameters and the start do to the loss at the end."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,9 @@ import optax
 import pytest
 
 import optax_dcasgd as dc
+
+# Most of the time of these tests would go into optimizing what runs once.
+unoptimized = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # name: the optimizer for a learning rate
 OPTIMIZERS = {
@@ -45,7 +50,6 @@ def test_derivatives_are_finite_differences(name, direction):
         ]
         return sum(of_parts)
 
-    @jax.jit
     def trained(lr, scale):
         params, tx = scale * start, OPTIMIZERS[name](lr)
         state = tx.init(params)
@@ -57,8 +61,9 @@ def test_derivatives_are_finite_differences(name, direction):
 
     with jax.enable_x64(True):
         at = (jnp.float64(0.2), jnp.float64(1.0))
-        found = jax.jit(jax.grad(trained, (0, 1)))(*at)
+        found = unoptimized(jax.grad(trained, (0, 1)))(*at)
+        compiled = unoptimized(trained)
         for i, step in enumerate(np.eye(2) * 1e-6):
             lr, scale = at
-            above, below = (trained(lr + s[0], scale + s[1]) for s in (step, -step))
+            above, below = (compiled(lr + s[0], scale + s[1]) for s in (step, -step))
             np.testing.assert_allclose(found[i], (above - below) / 2e-6, rtol=1e-5)

@@ -15,11 +15,8 @@ from mxnet_cases import (
     worst_error,
 )
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
-
-@every_case
-def test_the_fixture_is_what_the_formula_gives_in_float64(case):
+def check_formula(case):
     for name in case["dtypes"]:
         trajectory, velocity, previous = follow_formula(case, name)
         assert worst_error(case, name, trajectory) <= 1
@@ -32,8 +29,7 @@ def test_the_fixture_is_what_the_formula_gives_in_float64(case):
             assert case["final_momentum"][name] is None
 
 
-@every_case
-def test_float16_weights_of_the_fixture_are_the_rounded_masters(case):
+def check_float16_weights_are_rounded_masters(case):
     halves = names_of(case, "float16")
     assert bool(halves) == ("multi_precision" in case["args"])
     for name in halves:
@@ -42,8 +38,7 @@ def test_float16_weights_of_the_fixture_are_the_rounded_masters(case):
         np.testing.assert_array_equal(weights, masters.astype(np.float16))
 
 
-@every_case
-def test_the_cases_compensate_and_clip_noticeably(case):
+def check_it_compensates_and_clips_noticeably(case):
     args = case["args"]
     assert len(case["weights"]) == len(case["gradients"]) >= 6
     for name in case["dtypes"]:
@@ -54,6 +49,13 @@ def test_the_cases_compensate_and_clip_noticeably(case):
             assert np.linalg.norm(compensation) >= 0.01 * np.linalg.norm(g)
         if "clip_gradient" in args:
             assert np.mean(np.abs(g) > args["clip_gradient"]) >= 0.2
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_fixture_is_what_the_formula_gives_in_float64(case):
+    check_formula(case)
+    check_float16_weights_are_rounded_masters(case)
+    check_it_compensates_and_clips_noticeably(case)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
