@@ -1,8 +1,8 @@
-"""Puts each fault of earlier DCASGD implementations into a copy of the source and runs the tests.
+"""Puts each of a list of faults into a copy of the source and runs the tests that must catch it.
 
-Run it as ``python tests/check_mutations.py``. Every fault must make the tests named beside it fail;
-the last line is ``10/10 faults caught``. A fault that can be made in several ways counts as caught
-only if all of them are.
+The faults are in mutations.py. Run it as ``python tests/check_mutations.py``. Every fault must make
+the test named beside it fail; the last line is ``18/18 faults caught``. A fault that can be made in
+several ways counts as caught only if all of them are.
 """
 
 import os
@@ -13,136 +13,11 @@ import subprocess
 import sys
 import tempfile
 from concurrent import futures
-from typing import NamedTuple
+
+from mutations import MUTATIONS, Mutation
 
 TESTS = pathlib.Path(__file__).parent
 PACKAGE = TESTS.parent / "optax_dcasgd"
-
-PAPER = "test_paper.py::test_algorithm_2_with_random_arrivals"
-CHAIN = "test_paper.py::test_algorithm_2_as_a_link_of_a_chain"
-MXNET = "test_mxnet.py"
-STATE = "test_dcasgd.py"
-
-
-class Mutation(NamedTuple):
-    """One way to make a fault: in `file`, replace `old`, which stands there once, by `new`."""
-
-    fault: int
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str  # a pytest node id: at least one test of it must fail
-
-
-MUTATIONS = [
-    Mutation(
-        1,
-        "the previous parameters are kept by reference, so that w − w_s is zero",
-        "_stale_params.py",
-        "_unless_first(count, prev_params, params)",
-        "params",
-        MXNET,
-    ),
-    Mutation(
-        2,
-        "a factor g is missing: λ·g·(w − w_s)",
-        "_compensation.py",
-        "relative = scaled * magnitude",
-        "relative = scaled",
-        PAPER,
-    ),
-    Mutation(
-        3,
-        "the backups of workers start at zero",
-        "_stale_params.py",
-        "_trees.stack_copies(p, num_workers)",
-        "jnp.zeros_like(_trees.stack_copies(p, num_workers))",
-        PAPER,
-    ),
-    Mutation(
-        4,
-        "λ is fixed at 1",
-        "_compensation.py",
-        "lamda, decay, rest, eps, clip = coefficients",
-        "lamda, decay, rest, eps, clip = coefficients._replace(lamda=jnp.ones_like(delta))",
-        PAPER,
-    ),
-    Mutation(
-        5,
-        "ε stands outside the square root",
-        "_compensation.py",
-        "lamda * lax.rsqrt(jnp.where(square == 0, 1, square))",
-        "lamda / (jnp.sqrt(nu) + eps)",
-        PAPER,
-    ),
-    Mutation(
-        5,
-        "there is no square root",
-        "_compensation.py",
-        "lamda * lax.rsqrt(jnp.where(square == 0, 1, square))",
-        "lamda / square",
-        PAPER,
-    ),
-    Mutation(
-        6,
-        "the backup of another worker is looked up: that of the previous push",
-        "_stale_params.py",
-        "lax.dynamic_index_in_dim(b, index, 0, keepdims=False)",
-        "lax.dynamic_index_in_dim(b, last_worker, 0, keepdims=False)",
-        PAPER,
-    ),
-    Mutation(
-        7,
-        "weight decay stands on the wrong side of the square",
-        "mxnet.py",
-        "if version == 2:",
-        "if version == 1:",
-        MXNET,
-    ),
-    Mutation(
-        8,
-        "momentum cannot be used",
-        "kernels/reference.py",
-        "if scalars.momentum is not None and momentum is not None:",
-        "if False:",
-        MXNET,
-    ),
-    Mutation(
-        8,
-        "momentum cannot be used with MXNet 1.x's rule",
-        "mxnet.py",
-        'parts.append(dcasgd(schedule, buffer, 0.0, store="updates"))',
-        "parts.append(optax.scale_by_learning_rate(schedule))",
-        MXNET,
-    ),
-    Mutation(
-        9,
-        "a worker's backup is refreshed before its own update is applied",
-        "_stale_params.py",
-        "return StaleParams(stale_params, backups, index)",
-        "return StaleParams(stale_params, jax.tree.map(\n"
-        "        lambda b, w: _fill_row(b, w, index, num_workers), backups, params\n"
-        "    ), jnp.full((), num_workers, jnp.int32))",
-        CHAIN,
-    ),
-    Mutation(
-        10,
-        "ν is kept in the parameter's low precision",
-        "_trees.py",
-        "dtype = compute_dtype(p)",
-        "dtype = dtype_of(p)",
-        f"{STATE}::test_nu_is_kept_in_float32_for_low_precision_parameters",
-    ),
-    Mutation(
-        10,
-        "ν is cast down to the parameter's dtype after each update",
-        "_compensation.py",
-        "new_nu.astype(nu.dtype)",
-        "new_nu.astype(_trees.dtype_of(param)).astype(nu.dtype)",
-        f"{STATE}::test_nu_is_kept_in_float32_for_low_precision_parameters",
-    ),
-]
 
 
 def run_tests(package_parent: pathlib.Path, tests: list[str]) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 import operator
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +75,8 @@ def follow(lamda=0.0, momentum=0.9, lr=0.1, decay=None, velocity_decay=None):
 
 
 def assert_close(actual, expected):
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, 2e-5, 1e-6), actual, expected)
+    expected = jax.tree.map(np.float32, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=1e-6)
 
 
 def largest_gap(a, b):

@@ -1,0 +1,154 @@
+"""`delay_gradients` beside what the matrix and the properties show: compiled, nested, refused."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from common import assert_bit_equal, random_tree
+
+import optax_dcasgd as dc
+from optax_dcasgd import delay_gradients
+
+PARAMS = random_tree(1, shapes={"first": {"w": (3, 2)}, "last": {"w": (4,), "b": ()}})
+INNERS = {
+    "adam": optax.adam(0.1),
+    "compensated": optax.chain(dc.add_delay_compensation(2.0), optax.sgd(0.1, 0.9)),
+    "dcasgd": dc.dcasgd(0.1, 0.9, 2.0, store=None),
+    "scaled": optax.chain(dc.scale_by_staleness(0.5), optax.sgd(0.3)),
+}
+
+
+def grads_at(params):
+    return jax.tree.map(lambda w: jnp.sin(w) + 0.3 * w, params)
+
+
+def train(tx, num_updates, **extra_args):
+    update = jax.jit(tx.update)
+    params, state = PARAMS, tx.init(PARAMS)
+    trajectory = [params]
+    for _ in range(num_updates):
+        updates, state = update(grads_at(params), state, params, **extra_args)
+        params = optax.apply_updates(params, updates)
+        trajectory.append(params)
+    return trajectory, state
+
+
+close = chex.assert_trees_all_close
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_a_loop_that_holds_the_old_parameters(inner):
+    """The gradient at w_{t−d} is computed when it is applied, from a list of all parameters."""
+    inner, delay = INNERS[inner], 3
+    actual, _ = train(delay_gradients(inner, delay), 6 + delay)
+
+    history, state = [PARAMS] * (delay + 1), inner.init(PARAMS)
+    update = jax.jit(optax.with_extra_args_support(inner).update)
+    for _ in range(6):
+        stale = history[-1 - delay]
+        updates, state = update(
+            grads_at(stale), state, history[-1], stale_params=stale, staleness=delay
+        )
+        history.append(optax.apply_updates(history[-1], updates))
+    close(actual, history, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_a_delay_of_zero_is_the_inner_optimizer_on_fresh_gradients(inner):
+    inner = INNERS[inner]
+    actual, state = train(delay_gradients(inner, 0), 4)
+    params, own = PARAMS, inner.init(PARAMS)
+
+    @jax.jit
+    def update(grads, state, params):
+        tx = optax.with_extra_args_support(inner)
+        return tx.update(grads, state, params, stale_params=params, staleness=0)
+
+    for later in actual[1:]:
+        updates, own = update(grads_at(params), own, params)
+        params = optax.apply_updates(params, updates)
+        assert_bit_equal(params, later)
+    assert_bit_equal(state.inner_state, own)
+    plain = {"compensated": optax.sgd(0.1, 0.9), "scaled": optax.sgd(0.3)}
+    for name, sgd in plain.items():
+        if inner is INNERS[name]:  # to the bit what it is without a rule
+            assert_bit_equal(actual, train(sgd, 4)[0])
+
+
+def test_a_delay_of_zero_tells_the_inner_optimizer_so():
+    calls = []
+
+    def update(updates, state, params, **extra):
+        calls.append(extra)
+        return updates, state
+
+    tx = delay_gradients(optax.GradientTransformationExtraArgs(lambda params: (), update), 0)
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, other=3)
+    assert calls[0]["stale_params"] is PARAMS  # so that a rule knows it while tracing
+    assert calls[0] == {"stale_params": PARAMS, "staleness": 0, "other": 3}
+    elsewhere = random_tree(5, shapes=jax.tree.map(jnp.shape, PARAMS))
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, stale_params=elsewhere, staleness=4)
+    assert_bit_equal(calls[1]["stale_params"], elsewhere)
+    assert calls[1]["staleness"] == 4
+
+
+def test_until_the_history_is_full_the_inner_optimizer_is_left_alone():
+    """Also where its state holds a random key."""
+    inner = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.adam(0.1))
+    trajectory, state = train(delay_gradients(inner, 2), 2)
+    assert_bit_equal(trajectory, [PARAMS] * 3)
+    expected = inner.init(PARAMS)
+    chex.assert_trees_all_equal(
+        optax.tree.unwrap_random_key_data(state.inner_state),
+        optax.tree.unwrap_random_key_data(expected),
+    )
+    _, state = train(delay_gradients(inner, 2), 3)
+    assert state.inner_state[1][0].count == 1
+
+
+def test_a_tree_stores_only_what_each_leaf_needs():
+    tx = delay_gradients(optax.sgd(0.1), {"first": 3, "last": {"w": 1, "b": 0}})
+    state = tx.init(PARAMS)
+    for tree in (state.grads, state.params):
+        assert tree["first"]["w"].shape == (3, 3, 2)
+        assert tree["last"]["w"].shape == (1, 4)
+        assert not jax.tree.leaves(tree["last"]["b"])
+
+
+def test_a_tree_around_a_tree_adds_leaf_by_leaf():
+    inner = INNERS["scaled"]
+    outer, middle = {"first": 1, "last": 2}, {"first": 2, "last": {"w": 0, "b": 1}}
+    nested = delay_gradients(delay_gradients(inner, middle), outer)
+    summed = delay_gradients(inner, {"first": 3, "last": {"w": 2, "b": 3}})
+    close(train(nested, 7)[0], train(summed, 7)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("store", ["params", "updates"])
+def test_one_update_old_is_what_dcasgd_remembers_by_itself(store):
+    """MXNet's rule needs no stale_params when every gradient is exactly one update old."""
+    expected, _ = train(delay_gradients(INNERS["dcasgd"], 1), 8)
+    tx = dc.dcasgd(0.1, 0.9, 2.0, store=store)
+    update = jax.jit(tx.update)
+    params, state, history = PARAMS, tx.init(PARAMS), [PARAMS, PARAMS]
+    for _ in range(7):
+        updates, state = update(grads_at(history[-2]), state, params)
+        params = optax.apply_updates(params, updates)
+        history.append(params)
+    close(history, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("made_with", "used_with", "message"),
+    [
+        (2, 3, r"delay is 3, but .* made with a delay of 2 \(for params\['a'\]\)"),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 0}, r"delay is 0, .* a delay of 2 \(for params\['b'\]\)"),
+        ({"a": 1, "b": 0}, {"a": 1, "b": 2}, r"delay is 2, .* a delay of 0 \(for params\['b'\]\)"),
+    ],
+)
+def test_a_state_made_for_another_delay_is_refused(made_with, used_with, message):
+    """In place of gradients in another order."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(())}
+    state = delay_gradients(optax.sgd(1.0), made_with).init(params)
+    with pytest.raises(ValueError, match=message):
+        delay_gradients(optax.sgd(1.0), used_with).update(params, state, params)
