@@ -104,6 +104,7 @@ def diagnose(
       Compensation pays: add_delay_compensation(lamda=2.46, decay=None, clip=1)
       removes 46% of the squared error of stale gradients.
     """
+    _arguments.check_scalar("eps", eps, minimum=0.0, schedule=False)
     _arguments.check_scalar("clip", clip, minimum=0.0, schedule=False)
     found = collect(
         grad_fn, params, tx, batches, arrivals, num_pairs=num_pairs, decay=decay, key=key
