@@ -181,8 +181,11 @@ def test_train_step_donates(script, tmp_path):
     (images, labels), _ = script.load_data()
     graphdef, params = nnx.split(script.CNN(nnx.Rngs(0)), nnx.Param)
     opt_state = tx.init(params)
-    script.train_step(tx, graphdef, params, opt_state, images[:80], labels[:80])
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, opt_state)))
+    lowered = script.train_step.lower(tx, graphdef, params, opt_state, images[:80], labels[:80])
+    (_, _, *donated, images, labels), _ = lowered.args_info
+    assert all(leaf.donated for leaf in jax.tree.leaves(donated))
+    assert not images.donated
+    assert not labels.donated
 
 
 GRADS = [{"w": np.float32(g)} for g in ([1.0, 0.5], [0.25, 2.0], [-1.0, 4.0])]
