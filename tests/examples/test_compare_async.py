@@ -12,9 +12,9 @@ from compare_async_cases import cell
 from example_cases import load, refuses
 from flax import nnx
 
-# Six cells, two of them at a learning rate at which every seed diverges. With momentum 0.9 the
+# Four cells, two of them at a learning rate at which every seed diverges. With momentum 0.9 the
 # rates are a tenth of these.
-TINY = ["--quick", "--workers", "1", "2", "4", "--methods", "SGD", "ASGD", "--seeds", "2"]
+TINY = ["--quick", "--workers", "1", "2", "--methods", "SGD", "ASGD", "--seeds", "2"]
 TINY += ["--pushes", "50", "--learning-rates", "0.2", "1e30", "--momentum", "0.9"]
 
 
@@ -54,27 +54,24 @@ def test_a_small_run(small_run):
     for name in ("error_over_time_momentum_0.9.png", "stable_region_momentum_0.9.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     cells = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
-    rates = [0.02, 1e29]
-    assert [(c["workers"], c["method"]) for c in cells[::2]] == [
-        (1, "SGD"), (2, "ASGD"), (4, "ASGD"),
-    ]  # fmt: skip
-    np.testing.assert_allclose([c["learning_rate"] for c in cells], rates * 3)
+    assert [(c["workers"], c["method"]) for c in cells[::2]] == [(1, "SGD"), (2, "ASGD")]
+    np.testing.assert_allclose([c["learning_rate"] for c in cells], [0.02, 1e29] * 2)
     for found in cells:
         assert found["pushes"] == [25, 50]
         assert np.shape(found["test_error"]) == (2, 2)
         # M workers need an M-th of the time, less what they compute in vain at the end.
-        assert 12 < found["seconds"][0][1] * found["workers"] < 80
-    assert [c["test_error"] for c in cells[1::2]] == [[[None, None]] * 2] * 3
+        assert 15 < found["seconds"][0][1] * found["workers"] < 80
+    assert [c["test_error"] for c in cells[1::2]] == [[[None, None]] * 2] * 2
     learned = [c["test_error"] for c in cells[::2]]
     assert np.all(np.array(learned)[:, :, 1] < 0.8)
-    assert learned[0] != learned[1] != learned[2]  # staleness changes something
+    assert learned[0] != learned[1]  # staleness changes something
 
     np.testing.assert_allclose(
         [float(row["learning_rate"]) for row in rows(out / "test_error.csv")], 0.02
     )
     grid = rows(out / "grid.csv")
-    assert [row["diverged"] for row in grid] == ["0", "2"] * 3
-    assert [row["test_error_mean"] == "" for row in grid] == [False, True] * 3
+    assert [row["diverged"] for row in grid] == ["0", "2"] * 2
+    assert [row["test_error_mean"] == "" for row in grid] == [False, True] * 2
     expected = np.mean(cells[2]["test_error"])
     assert float(grid[2]["test_error_mean"]) == pytest.approx(expected, rel=1e-3)
     text = (out / "tables.md").read_text()
@@ -82,10 +79,10 @@ def test_a_small_run(small_run):
 
 
 def test_cells_are_plain_simulated_runs(script, problems, small_run):
-    """One learning rate and seed of a cell, against `simulation.run` without vmap or room."""
+    """One learning rate and seed of a cell, against `simulation.run` without vmap."""
     out, trainer = small_run
     lines = (out / "cells.jsonl").read_text().splitlines()
-    found = json.loads(lines[2])  # ASGD with two workers, in a program with room for four
+    found = json.loads(lines[2])  # ASGD with two workers
     # Those of the second seed.
     arrivals, other = (jax.tree.map(lambda x, i=i: x[i], trainer.arrivals(2)) for i in (1, 0))
     assert not np.allclose(arrivals.time, other.time)
@@ -134,7 +131,7 @@ def test_a_finished_run_is_not_run_again(script, small_run, tmp_path, monkeypatc
     cells = script.CellFile(out / "cells.jsonl", settings).cells
 
     def again(workers, method, momentum, rates):
-        assert (workers, method) == (4, "ASGD")  # the other programs have all their cells
+        assert (workers, method) == (2, "ASGD")  # the other program has all its cells
         return [cells[workers, method, momentum, rate] for rate in rates]
 
     monkeypatch.setattr(script, "Trainer", lambda args: again)
