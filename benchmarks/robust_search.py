@@ -275,7 +275,10 @@ def reshaped(reshape: Callable[[Any], Any], **kwargs: Any) -> optax.GradientTran
     def init(params: Any) -> Any:
         return inner.init(reshape(params))
 
-    def update(updates: Any, state: Any, params: Any, *, stale_params: Any, staleness: Any) -> Any:
+    def update(
+        updates: Any, state: Any, params: Any, *, stale_params: Any, staleness: Any, worker: Any
+    ) -> Any:
+        del worker
         new, state = inner.update(
             reshape(updates),
             state,
