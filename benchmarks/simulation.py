@@ -76,15 +76,15 @@ def simulated(tx, **options):
 def contenders():
     sgd = optax.sgd(LEARNING_RATE)
 
-    def link(**options):
-        return optax.chain(add_delay_compensation(2.0, store=None, **options), sgd)
+    def link(decay):
+        return optax.chain(add_delay_compensation(2.0, decay=decay, clip=None), sgd)
 
     return {
         BASELINE: plain(sgd),
         "run, sequential, sgd": simulated(sgd, mode="sequential"),
         "run, async, sgd": simulated(sgd),
-        "run, async, DC-c": simulated(link()),
-        "run, async, DC-a": simulated(link(decay=0.95)),
+        "run, async, DC-c": simulated(link(None)),
+        "run, async, DC-a": simulated(link(0.95)),
         "run, async, DC-a (dcasgd)": simulated(
             dcasgd(LEARNING_RATE, lamda=2.0, decay=0.95, store=None)
         ),

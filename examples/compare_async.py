@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from optax_dcasgd import (
     add_delay_compensation,
-    robust,
+    robust_delay_compensation,
     scale_by_gap,
     scale_by_staleness,
     simulation,
@@ -71,13 +71,11 @@ METHODS: dict[str, Method] = {
     "lr/tau": before_sgd(lambda: scale_by_staleness(1.0)),
     "lr/sqrt-tau": before_sgd(lambda: scale_by_staleness(0.5)),
     "Gap-Aware": before_sgd(scale_by_gap),
-    # The defaults of MXNet, of the paper (with its λ0 of 2), and of this library's README.
-    "DC-c": before_sgd(lambda: add_delay_compensation(0.04, store=None)),
-    "DC-a": before_sgd(lambda: add_delay_compensation(2.0, decay=0.95, store=None)),
-    "DC-a-clipped": before_sgd(
-        lambda: add_delay_compensation(8.0, decay=0.95, clip=1.0, store=None)
-    ),
-    "robust": before_sgd(lambda: robust(store=None)),
+    # The defaults of MXNet, of the paper (with its λ0 of 2), and of this library.
+    "DC-c": before_sgd(lambda: add_delay_compensation(0.04, decay=None, clip=None)),
+    "DC-a": before_sgd(lambda: add_delay_compensation(2.0, clip=None)),
+    "DC-a-clipped": before_sgd(add_delay_compensation),
+    "robust": before_sgd(robust_delay_compensation),
 }
 MODES = {"SGD": "sequential", "SSGD": "sync"}  # of `simulation.run`; all others are "async"
 COMPUTE_TIMES = {  # of one gradient, with a mean of one virtual second

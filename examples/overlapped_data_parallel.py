@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import count, fraction, make_folder, mean_and_std, nonnegative, number, positive
+from common import count, fraction, make_folder, mean_and_std, number, positive
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -53,6 +53,8 @@ from optax_dcasgd import OverlapReductionState, dcasgd, overlap_reduction
 DEVICES = 8  # virtual ones, on the CPU
 METHODS = ("synchronous", "overlapped", "compensated")
 OVERLAPPED = OverlapReductionState(count=P(), grads=P("data"), inner_state=P())
+# The defaults of add_delay_compensation; those of dcasgd are MXNet's.
+COMPENSATION = {"lamda": 8.0, "decay": 0.95, "clip": 1.0}
 
 Accuracies = dict[str, list[list[float]]]  # by method; for each learning rate, one for each seed
 
@@ -66,9 +68,8 @@ def make_steps(
     """
 
     def optimizer(learning_rate: jax.Array) -> optax.GradientTransformationExtraArgs:
-        rule = {"lamda": 0.0}  # SGD with momentum
-        if method == "compensated":
-            rule = {"lamda": args.lamda, "decay": args.decay, "clip": args.clip}
+        # With lamda=0, dcasgd is SGD with momentum.
+        rule = COMPENSATION if method == "compensated" else {"lamda": 0.0}
         sgd = dcasgd(learning_rate, args.momentum, **rule, store="updates")
         return sgd if method == "synchronous" else overlap_reduction(sgd, "data")
 
@@ -192,9 +193,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--momentum", type=fraction, default=0.9, help="of SGD")
     add("--epochs", type=count, default=8, help="passes over the training images")
     add("--batch-size", type=batch, default=256, help="images an update, over all devices")
-    add("--lamda", type=nonnegative, default=8.0, help="strength of the compensation")
-    add("--decay", type=fraction, default=0.95, help="of its mean of squared gradients")
-    add("--clip", type=nonnegative, default=1.0, help="its limit, as a multiple of the gradient")
     add("--seeds", type=count, default=3, help="runs of each kind, with seeds 0, 1, ...")
     out = Path("overlapped_data_parallel_out")
     add("--out", type=Path, default=out, help="folder for plot and numbers")

@@ -40,7 +40,6 @@ from common import (
     fraction,
     make_folder,
     mean_and_std,
-    nonnegative,
     number,
     positive,
 )
@@ -137,10 +136,7 @@ def make_optimizer(
     """What the methods differ in, beside where the gradient is computed."""
     tx = OPTIMIZERS[optimizer](learning_rate)
     if method in ("compensated", "both"):
-        compensation = add_delay_compensation(
-            args.lamda, decay=args.decay, clip=args.clip, store=None
-        )
-        tx = optax.chain(compensation, tx)
+        tx = optax.chain(add_delay_compensation(), tx)
     if method == "scaled":
         tx = optax.chain(tx, scale_by_staleness(0.5))
     if method in PREDICTED:
@@ -303,9 +299,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     beside = "to compare with fresh and stale"
     add("--methods", choices=METHODS[2:], nargs="+", default=METHODS[2:], help=beside)
     add("--updates", type=updates, default=300, help="of each run")
-    add("--lamda", type=nonnegative, default=8.0, help="strength of the compensation")
-    add("--decay", type=fraction, default=0.95, help="of its mean of squared gradients")
-    add("--clip", type=nonnegative, default=1.0, help="its limit, as a multiple of the gradient")
     add("--velocity-decay", type=fraction, default=0.0, help="of the average update; 0: the last")
     add("--seeds", type=count, default=3, help="runs of each kind, with seeds 0, 1, ...")
     add("--out", type=Path, default=Path("pipeline_delay_out"), help="folder for plot and numbers")

@@ -47,8 +47,8 @@ def make_optimizer(method: str, args: argparse.Namespace) -> optax.GradientTrans
     sgd = optax.sgd(args.learning_rate, args.momentum or None)
     if method != "DC-ASGD":
         return sgd
-    # The server knows the stale parameters, so the compensation need not store any.
-    return optax.chain(add_delay_compensation(8.0, decay=0.95, clip=1.0, store=None), sgd)
+    # The server passes the stale parameters to the compensation.
+    return optax.chain(add_delay_compensation(), sgd)
 
 
 class Batches:

@@ -60,13 +60,13 @@ def make_optimizers(args: argparse.Namespace) -> dict[str, optax.GradientTransfo
     """What the three runs differ in, and all they differ in."""
     sgd = optax.sgd(args.learning_rate, args.momentum or None)
     compensated_sgd = optax.chain(
-        add_delay_compensation(args.lamda, decay=args.decay, clip=args.clip, store=None), sgd
+        add_delay_compensation(args.lamda, decay=args.decay, clip=args.clip), sgd
     )
     return {
         "fresh": sgd,
         "stale": delay_gradients(sgd, args.delay),
-        # delay_gradients tells the compensation how stale a gradient is; with no delay it is fresh.
-        "compensated": delay_gradients(compensated_sgd, args.delay) if args.delay else sgd,
+        # delay_gradients tells the compensation at which parameters a gradient was computed.
+        "compensated": delay_gradients(compensated_sgd, args.delay),
     }
 
 

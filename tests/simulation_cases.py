@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +57,11 @@ def numpy_run(updates, learning_rate=LEARNING_RATE, **hyperparameters):
     return versions[1:], np.array(losses)
 
 
+def one_push_each(staleness):
+    """The ``updates`` of `numpy_run` for asynchronous pushes."""
+    return [[(t, tau)] for t, tau in enumerate(np.asarray(staleness))]
+
+
 @functools.cache
 def arrivals(*, all_present=False):
     """Four workers, one slow; one that stops and one that joins unless all are to be present."""
@@ -64,19 +70,9 @@ def arrivals(*, all_present=False):
     return simulation.arrivals(key, NUM_WORKERS, NUM_UPDATES, slowdown={1: 3.0}, **absence)
 
 
-@functools.cache
-def one_worker():
-    return simulation.arrivals(jax.random.key(0), 1, NUM_UPDATES)
-
-
 def as_jax(tree):
     return jax.tree.map(jnp.asarray, tree)
 
 
-def assert_close(actual, expected, rtol):
-    for name in expected:
-        np.testing.assert_allclose(actual[name], expected[name], rtol, rtol, err_msg=name)
-
-
-def assert_bit_equal(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+def assert_close(actual, expected, tolerance):
+    chex.assert_trees_all_close(actual, expected, rtol=tolerance, atol=tolerance)

@@ -78,8 +78,18 @@ def test_the_speed_of_the_parameter_server(where):
         assert row in text, row
 
 
+@pytest.mark.parametrize("study", ["quick", "digits", "mnist"])
+def test_the_tables_and_sentences_of_compare_async(study):
+    text = set(page("docs/asynchronous.md").splitlines())
+    lines = (RESULTS / "compare_async" / study / "tables.md").read_text().splitlines()
+    made = [line for line in lines if line.startswith(("| ", "- ", "Staleness", "Stable"))]
+    assert len(made) > 30
+    for line in made:
+        assert line in text, line
+
+
 ROBUST = {  # the rows' names in the README
-    "`robust()`": "robust",
+    "`robust_delay_compensation()`": "robust",
     "the step divided by √τ": "lr/√τ",
     "Gap-Aware": "gap-aware",
     "stale gradients as they are": "asgd",

@@ -1,61 +1,170 @@
-"""The package seen from outside: its names, what importing it pulls in, what the README shows."""
+"""The package seen from outside: its names, its parts, its imports, and the code of its pages."""
 
 import ast
+import inspect
 import pathlib
 import re
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+
 import optax_dcasgd
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MODULES = ["rules", "sources", "mxnet", "simulation", "diagnostics", "parameter_server"]
 
 
 def test_importing_the_package_imports_no_extra():
-    extras = ["chex", "flax", "matplotlib", "mlxtend", "orbax", "ray", "sklearn", "tqdm"]
-    code = f"import sys, optax_dcasgd; print([m for m in {extras} if m in sys.modules])"
+    unwanted = ["chex", "flax", "jax.experimental.pallas", "matplotlib", "mlxtend", "orbax", "ray"]
+    unwanted += ["sklearn", "tqdm"] + [f"optax_dcasgd.{name}" for name in MODULES[3:]]
+    code = f"import sys, optax_dcasgd; print([m for m in {unwanted} if m in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert ast.literal_eval(result.stdout) == []
 
 
+# --- Names ---
+
+
+def public():
+    """All public functions and classes, by their full names."""
+    found = {}
+    for module in [optax_dcasgd, *(getattr(optax_dcasgd, name) for name in MODULES)]:
+        for name in getattr(module, "__all__", ["DCASGD"]):
+            value = getattr(module, name)
+            if not inspect.ismodule(value):
+                found[f"{module.__name__}.{name}"] = value
+    return found
+
+
 def test_the_public_names_are_there():
-    functions = {
-        "add_delay_compensation",
-        "dcasgd",
-        "delay_gradients",
-        "fused_dcasgd",
-        "overlap_reduction",
-        "pipeline_delays",
-        "predict_params",
-        "robust",
-        "scale_by_gap",
-        "scale_by_staleness",
-        "track_velocity",
+    names = {
+        "": "FusedOptimizer add_delay_compensation dcasgd delay_gradients fused_dcasgd "
+        "overlap_reduction pipeline_delays predict_params remember_params "
+        "robust_delay_compensation scale_by_gap scale_by_staleness track_velocity "
         "with_master_weights",
+        "rules.": "transformation",
+        "mxnet.": "DCASGD",
+        "simulation.": "Arrivals arrivals deterministic exponential lognormal run",
+        "diagnostics.": "collect diagnose fit pairs quality",
+        "parameter_server.": "resize train",
     }
-    modules = {
-        "mxnet": ["DCASGD"],
-        "simulation": ["Arrivals", "arrivals", "exponential", "lognormal", "run"],
-        "diagnostics": ["collect", "diagnose", "fit", "pairs", "quality"],
-        "parameter_server": ["resize", "train"],
-    }
-    assert {*functions, *modules} <= set(optax_dcasgd.__all__)
-    for name in functions:
-        assert callable(getattr(optax_dcasgd, name)), name
-    for module, names in modules.items():
+    expected = {f"optax_dcasgd.{m}{name}" for m, text in names.items() for name in text.split()}
+    assert not expected - {name for name, value in public().items() if callable(value)}
+    assert {*MODULES} <= {*optax_dcasgd.__all__}
+    assert {*optax_dcasgd.__all__} <= {*dir(optax_dcasgd), *MODULES}
+
+
+def test_every_public_name_is_documented_with_an_example():
+    """Records, which functions return, need none."""
+    for name, value in public().items():
+        assert value.__doc__, name
+        assert not value.__doc__.startswith(f"{value.__name__}("), name  # a NamedTuple's own
+        if inspect.isfunction(value):
+            assert "\nExamples:\n" in inspect.getdoc(value), name
+
+
+# --- Parts: each imports only from those in the rows above it ---
+
+LAYERS = [
+    ["_arguments", "_gradients", "_hyperparameters", "_mathematics", "_trees"],
+    ["kernels"],
+    ["rules", "sources"],
+    ["_dcasgd", "_mixed_precision", "mxnet"],
+    ["simulation"],
+    ["diagnostics", "parameter_server"],
+]
+LAYER = {part: i for i, parts in enumerate(LAYERS) for part in parts}
+SAME_LAYER = {  # what else is allowed
+    ("_gradients", "_trees"),
+    ("_mathematics", "_hyperparameters"),
+    ("mxnet", "_dcasgd"),
+    ("mxnet", "_mixed_precision"),
+}
+
+
+def imports(file):
+    """The dotted names in the package that a module imports, as (part, *rest)."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
         for name in names:
-            assert callable(getattr(getattr(optax_dcasgd, module), name)), (module, name)
-    assert all(hasattr(optax_dcasgd, name) for name in optax_dcasgd.__all__)
+            package, *rest = name.split(".")
+            if package == "optax_dcasgd":
+                yield tuple(rest)
 
 
-def test_the_examples_of_the_readme_run():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+def test_parts_depend_on_each_other_in_one_direction():
+    top = ROOT / "optax_dcasgd"
+    seen = set()
+    for file in top.rglob("*.py"):
+        part = file.relative_to(top).parts[0].removesuffix(".py")
+        for other, *rest in imports(file) if part != "__init__" else ():
+            if other == part:
+                continue
+            seen.add((part, other))
+            assert LAYER[other] < LAYER[part] or (part, other) in SAME_LAYER, (file, other)
+            if file.parent != top:  # a subpackage uses no private module of another
+                assert not (rest and rest[0].startswith("_")), (file, other, rest)
+    # Or nothing was found.
+    assert {("diagnostics", "simulation"), ("rules", "_mathematics"), *SAME_LAYER} <= seen
+
+
+# --- Pages ---
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def run(block, names):
+    exec(compile(block, "page", "exec"), names)
+    return names
+
+
+def readme_blocks(*, on_ray):
+    return [block for block in blocks("README.md") if ("parameter_server" in block) == on_ray]
+
+
+def test_the_examples_of_the_readme_run(capsys):
+    before, simulated = (run(block, {}) for block in readme_blocks(on_ray=False))
+    assert np.all(before["params"]["w"] < 0.985)  # it was 0.99 before the update
+    history = simulated["result"].history
+    assert history.num_finite == 400
+    assert history.loss[-1] < 0.3 < history.loss[0]
+    assert "Compensation pays: add_delay_compensation(" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_the_example_of_the_readme_on_ray_runs():
+    (block,) = readme_blocks(on_ray=True)
+    np.testing.assert_allclose(run(block, {})["result"].params, 1, atol=0.01)
+
+
+def test_the_code_of_the_page_on_several_devices_runs():
+    """One block after the other, as a user would go from one step to the other."""
+    before, after, resumed, pipeline = blocks("docs/spmd.md")
+    names = run(before, {})
+    x = np.ones((16, 4), np.float32)
+    params, _ = names["step"](names["params"], names["opt_state"], (x, np.ones(16)))
+    assert np.all(params["w"] > 0)
+    run(after, names)
+    assert np.any(names["params"]["w"] != 0)
+    grads = names["opt_state"].grads["w"]
+    run(resumed, names)
+    moved = names["opt_state"].grads["w"]
+    assert moved.shape == (4, *grads.shape[1:])
+    np.testing.assert_allclose(moved.mean(0), grads.mean(0), rtol=1e-6)
+    run(pipeline, names)
 
 
 def test_the_readme_has_a_row_for_every_argument_of_mxnet():

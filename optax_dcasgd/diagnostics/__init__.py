@@ -2,9 +2,10 @@
 
     print(diagnostics.diagnose(grad_fn, params, tx, batches, arrivals))
 
-trains as `simulation.run` does, and compares along the way the stale gradient, and the compensated
-one, with the gradient that a fresh worker would have sent. The rest of this module is that in
-parts: `collect` or `pairs` make the `Pairs` to look at, `fit` finds λ, `quality` judges one.
+trains as `simulation.run` does. Along the way it compares the stale gradient and the compensated
+one with the gradient that a fresh worker would have sent. The other functions are its parts:
+`collect` and `pairs` compute the `Pairs` of gradients, `fit` finds the best λ, and `quality` judges
+a given one.
 """
 
 from optax_dcasgd.diagnostics._fit import Quality, fit, quality

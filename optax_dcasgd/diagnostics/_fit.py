@@ -26,8 +26,8 @@ class _Flat(NamedTuple):
 
     grads: np.ndarray
     stale_grads: np.ndarray
-    direction: np.ndarray  # the compensation of λ0 = 1 without clip
-    limit: np.ndarray  # the λ0 from which on the clip holds a component; inf for never
+    direction: np.ndarray  # the compensation for λ0 = 1 without clip
+    limit: np.ndarray  # above this λ0 the clip holds the component; inf for never
 
 
 def _flatten(pairs: Pairs, adaptive: bool, eps: float, clip: float | None) -> _Flat:
@@ -90,12 +90,13 @@ def quality(
     Args:
       pairs: From `collect` or `pairs`.
       lamda: λ0 ≥ 0.
-      adaptive: Whether to judge DC-ASGD-a, with the ν of the pairs, in place of DC-ASGD-c.
+      adaptive: Whether to judge DC-ASGD-a, with the ν of the pairs, in place of DC-ASGD-c, which
+        is ``add_delay_compensation(decay=None)``.
       eps: As for `add_delay_compensation`.
-      clip: As for `add_delay_compensation`.
+      clip: As for `add_delay_compensation`, but by default None.
 
     Returns:
-      The errors and cosines that it achieves, over all pairs and of each.
+      Its errors and cosines, over all pairs and for each pair.
 
     Raises:
       TypeError: If an argument has no legal type.
@@ -129,23 +130,24 @@ def fit(
 
     .. math:: \lambda_0 = \max\Bigl(0, \frac{\sum c\,(g - g_s)}{\sum c^2}\Bigr) .
 
-    With ``clip`` a component stays as it is from :math:`\lambda_0 = \text{clip}\,|g_s| / |c|` on.
-    The sum is then a parabola between any two such values next to each other; the smallest value of
-    all these parabolas is found by sorting, exactly, though it may lie in none of their vertices.
+    With ``clip`` a component no longer changes once :math:`\lambda_0` is above
+    :math:`\text{clip}\,|g_s| / |c|`. Between two neighbouring values of this kind the sum is a
+    parabola. All of them are tried, in sorted order, so the minimum is exact.
 
-    Mini-batch noise draws this λ down: where :math:`g_s` is mostly Gaussian noise,
-    :math:`E[g_s^4] = 3\,E[g_s^2]^2`, and DC-ASGD-c gets a third of the λ that would make
-    :math:`\lambda\,E[g_s^2]` the curvature.
+    Mini-batch noise makes this λ smaller. Where :math:`g_s` is mostly Gaussian noise,
+    :math:`E[g_s^4] = 3\,E[g_s^2]^2`. The fitted λ of DC-ASGD-c is then a third of the λ for which
+    :math:`\lambda\,E[g_s^2]` is the curvature.
 
     Args:
       pairs: From `collect` or `pairs`.
-      adaptive: Whether to fit DC-ASGD-a in place of DC-ASGD-c.
+      adaptive: Whether to fit DC-ASGD-a in place of DC-ASGD-c, which is
+        ``add_delay_compensation(decay=None)``.
       eps: As for `add_delay_compensation`.
-      clip: As for `add_delay_compensation`.
+      clip: As for `add_delay_compensation`, but by default None.
 
     Returns:
-      The best λ0 (the smallest, if there are several) and what it achieves. The arithmetic is
-      NumPy's in float64 and takes memory for some ten copies of the pairs.
+      The best λ0 (the smallest, if there are several), with its errors and cosines. NumPy computes
+      them in float64, which takes the memory of about ten copies of the pairs.
 
     Raises:
       TypeError: If an argument has no legal type.
@@ -170,13 +172,13 @@ def fit(
         return _quality(flat, 0.0)
     order = np.argsort(limit)
     limit, square, product = limit[order], square[order], product[order]
-    # Between two limits: those before are held there, those after still grow with λ.
+    # Between two limits: the components before are held, those after still grow with λ.
     low = np.append(0.0, limit)
     high = np.append(limit, np.inf)
     growing_square = np.append(square[::-1].cumsum()[::-1], 0.0)
     growing_product = np.append(product[::-1].cumsum()[::-1], 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # Where a limit is inf the two terms are inf - inf, and no λ is behind it.
+        # An infinite limit gives inf - inf = NaN. No λ lies above it, and nanargmin skips it.
         held = np.append(0.0, np.cumsum(limit**2 * square - 2 * limit * product))
         vertex = np.where(growing_square > 0, growing_product / growing_square, low)
         lamda = np.clip(vertex, low, high)

@@ -43,9 +43,9 @@ def pairs(
       params: K current parameters w, stacked along a new leading axis.
       stale_params: K stale parameters :math:`w_s`, likewise.
       batches: K batches along a leading axis; or a function from k (traced) to batch k.
-      decay: m of :math:`\nu_k = m\,\nu_{k-1} + (1 - m)\,|g_k|^2`, from :math:`\nu = 0` and over the
-        stale gradients of the pairs in their order. Give consecutive updates (or a decay that is
-        smaller by the power of the updates left out) for the ν that training would have.
+      decay: m of :math:`\nu_k = m\,\nu_{k-1} + (1 - m)\,|g_k|^2`, over the stale gradients of the
+        pairs in their order, from :math:`\nu = 0`. This is the ν of training if the pairs are
+        consecutive updates. For every n-th update, pass the n-th power of the decay.
       key: A JAX random key, by default ``jax.random.key(0)``; pair k gets ``fold_in(key, k)``.
 
     Returns:
@@ -104,18 +104,18 @@ def collect(
     decay: float = 0.95,
     key: jax.Array | None = None,
 ) -> Pairs:
-    """Trains as ``simulation.run`` does and keeps pairs evenly spaced along the way.
+    """Trains as ``simulation.run`` does and keeps evenly spaced pairs of that run.
 
-    The state of the training holds 4 · num_pairs copies of the parameters for this.
+    While it trains it keeps 4 · num_pairs copies of the parameters.
 
     Args:
       grad_fn: As for `simulation.run`, like the next four.
       params: The initial parameters.
-      tx: Any Optax optimizer; it decides the trajectory.
+      tx: Any Optax optimizer. The trajectory is its own.
       batches: The batches.
       arrivals: The order of the pushes, and on which batch each was computed.
-      num_pairs: K, how many pairs; the last is that of the last update.
-      decay: m of DC-ASGD-a, whose ν runs over the stale gradients of all updates.
+      num_pairs: K, the number of pairs. The last is that of the last update.
+      decay: m of DC-ASGD-a. Its ν runs over the stale gradients of all updates.
       key: A JAX random key, by default ``jax.random.key(0)``.
 
     Returns:

@@ -27,7 +27,7 @@ class Report(NamedTuple):
     stale: Quality  # the stale gradients as they are
     fits: dict[str, Quality]  # the best of each form of compensation, by what the form is called
     best: str | None  # the form with the smallest error; None if compensation does not pay
-    arguments: dict[str, float]  # what to call `add_delay_compensation` with
+    arguments: dict[str, float | None]  # what to call `add_delay_compensation` with
     verdict: str  # in words
 
     def __str__(self) -> str:
@@ -55,12 +55,12 @@ def diagnose(
 ) -> Report:
     """Says whether delay compensation brings stale gradients closer to the true ones, and which λ.
 
-    It trains with ``tx``, which should be what you train with now, without compensation, and judges
-    the gradients along the way (`collect`, `fit`). Compensation is said to pay where stale
-    gradients are off by more than 5 % and it removes a tenth or more of their squared error. That
-    is about gradients; how much sooner training is done, and how much larger a learning rate it
-    bears, only `simulation.run` with and without compensation shows. A λ larger than the one that
-    fits, with a clip, may well train better.
+    It trains with ``tx`` and judges the gradients along the way (`collect`, `fit`). Let ``tx`` be
+    what you train with now, without compensation. The verdict is that compensation pays where stale
+    gradients are off by more than 5 % and compensation removes a tenth or more of their squared
+    error. This is about gradients. It does not say how much sooner training is done, or how much
+    larger a learning rate may be: `simulation.run` with and without compensation shows that. A λ
+    above the one that fits, with a clip, may well train better.
 
     Args:
       grad_fn: As for `simulation.run`, like the next four.
@@ -101,31 +101,37 @@ def diagnose(
       DC-a                         0.159            0.509    0.863
       DC-c, clip=1                  2.46            0.475    0.882
       DC-c                         0.903            0.509    0.863
-      Compensation pays: add_delay_compensation(lamda=2.46, clip=1) removes 46% of the
-      squared error of stale gradients.
+      Compensation pays: add_delay_compensation(lamda=2.46, decay=None, clip=1)
+      removes 46% of the squared error of stale gradients.
     """
+    _arguments.check_scalar("eps", eps, minimum=0.0, schedule=False)
     _arguments.check_scalar("clip", clip, minimum=0.0, schedule=False)
     found = collect(
         grad_fn, params, tx, batches, arrivals, num_pairs=num_pairs, decay=decay, key=key
     )
-    adaptive_arguments = {"decay": decay} | ({} if eps == DEFAULT_EPS else {"eps": eps})
-    forms: dict[str, tuple[bool, dict[str, float]]] = {
-        f"DC-a, clip={clip:g}": (True, {**adaptive_arguments, "clip": clip}),
-        "DC-a": (True, adaptive_arguments),
-        f"DC-c, clip={clip:g}": (False, {"clip": clip}),
-        "DC-c": (False, {}),
+    adaptive: dict[str, float | None] = {"decay": decay}
+    if eps != DEFAULT_EPS:
+        adaptive["eps"] = eps
+    forms: dict[str, dict[str, float | None]] = {
+        f"DC-a, clip={clip:g}": {**adaptive, "clip": clip},
+        "DC-a": {**adaptive, "clip": None},
+        f"DC-c, clip={clip:g}": {"decay": None, "clip": clip},
+        "DC-c": {"decay": None, "clip": None},
     }
     fits = {
-        name: fit(found, adaptive=adaptive, eps=eps, clip=arguments.get("clip"))
-        for name, (adaptive, arguments) in forms.items()
+        name: fit(found, adaptive=form["decay"] is not None, eps=eps, clip=form["clip"])
+        for name, form in forms.items()
     }
     stale = quality(found, 0.0)
     best = min(fits, key=lambda name: fits[name].relative_error)
     share = 0.0
     if stale.relative_error > 0:
         share = 1 - (fits[best].relative_error / stale.relative_error) ** 2
-    arguments = {"lamda": fits[best].lamda, **forms[best][1]}
-    call = ", ".join(f"{name}={value:.3g}" for name, value in arguments.items())
+    arguments: dict[str, float | None] = {"lamda": fits[best].lamda, **forms[best]}
+    call = ", ".join(
+        f"{name}={value}" if value is None else f"{name}={value:.3g}"
+        for name, value in arguments.items()
+    )
     pays = False
     if stale.relative_error < _HARMLESS_ERROR:
         verdict = (

@@ -3,7 +3,7 @@
     arrivals = simulation.arrivals(key, num_workers=8, num_updates=2000)
     result = simulation.run(grad_fn, params, tx, batches, arrivals)
 
-`arrivals` is the order in which the workers' gradients reach the server, and how stale each is;
+`arrivals` says in which order the workers' gradients reach the server, and how stale each one is.
 `run` trains in that order.
 """
 

@@ -27,22 +27,32 @@ class Arrivals:
     """The order in which the gradients of M workers reach the server.
 
     Version v of the parameters is what they are after v updates. Push t, the t-th gradient that
-    arrives, was computed at version ``t - staleness[t]`` and makes version ``t + 1``. This is all
-    that decides what is trained; it may come from the event model `arrivals`, from a real run that
-    recorded it, or be written by hand. An `Arrivals` is a pytree, so it may be an argument or a
+    arrives, was computed at version ``t - staleness[t]`` and makes version ``t + 1``. Nothing else
+    decides what is trained. An `Arrivals` may come from the event model `arrivals` or from a real
+    run that recorded it, or you write it by hand. It is a pytree, so it may be an argument or a
     result of functions under ``jax.jit`` and ``jax.vmap``.
 
     Attributes:
       worker: shape (num_updates,), int: who pushes, in [0, M).
-      staleness: shape (num_updates,), int: the number of updates that were applied between the
-        pull of the parameters and the push of the gradient computed there.
+      staleness: shape (num_updates,), int: the number of updates between the pull of the parameters
+        and the push of their gradient.
       time: shape (num_updates,), float: when the push arrives, in (virtual) seconds.
       barrier: shape (num_updates // M, M), float, or None: for ``mode="sync"``, when the gradient
         of worker i for round r is ready, in seconds; inf where the worker takes no part. None for
         not known.
-      batch: shape (num_updates,), int, or None: on which batch each gradient was computed, where
-        that is not batch t for push t (in a real run the batches of slower workers come later).
+      batch: shape (num_updates,), int, or None: the batch of each gradient. None for batch t in
+        push t. (In a real run the batch of a slow worker arrives late.)
       num_workers: M, a Python integer, or None for the largest ``worker`` plus one.
+
+    Examples:
+      Two workers take turns, and every gradient but the first is one update old:
+
+      >>> import numpy as np
+      >>> from optax_dcasgd import simulation
+      >>> t = np.arange(6)
+      >>> by_hand = simulation.Arrivals(t % 2, np.minimum(t, 1), 0.5 * (1 + t))
+      >>> print(by_hand.worker, by_hand.staleness, by_hand.time)
+      [0 1 0 1 0 1] [0 1 1 1 1 1] [0.5 1.  1.5 2.  2.5 3. ]
     """
 
     worker: Any
@@ -126,8 +136,8 @@ def check(arrivals: Any) -> int:
 
     Raises:
       TypeError: If it is no `Arrivals`, or an array has the wrong dtype.
-      ValueError: If an array has the wrong shape or an illegal value, or the number of workers is
-        neither given nor to be seen.
+      ValueError: If an array has the wrong shape or an illegal value, or ``worker`` is traced and
+        the number of workers is not given.
     """
     if not isinstance(arrivals, Arrivals):
         raise TypeError(f"arrivals must be a simulation.Arrivals; got {arrivals!r}.")
@@ -196,28 +206,27 @@ def arrivals(
 
     Only computing takes time. The k-th gradient of worker i takes
     ``slowdown[i] * compute_time(jax.random.fold_in(jax.random.fold_in(key, i), k))`` seconds,
-    k = 0, 1, …, whatever the other workers do. Pushes that arrive at the same moment are applied in
-    the order of the workers' indices; where that matters, let the times be whole numbers, since
-    sums of others are rounded and need not be equal. Each call compiles anew; wrap it in
-    ``jax.jit`` to make many.
+    k = 0, 1, …, whatever the other workers do. Pushes of the same moment are applied in the order
+    of the workers' indices. Where this matters, let the times be whole numbers: sums of others are
+    rounded, so that equal times may differ. Each call compiles anew. To make many, call it inside
+    ``jax.jit``.
 
     Args:
       key: A JAX random key.
       num_workers: M.
       num_updates: How many pushes to simulate.
-      compute_time: `deterministic`, `exponential` (the default, with a mean of one second),
-        `lognormal`; any function of a random key that returns seconds (at least zero); or a number,
-        for ``deterministic(number)``.
-      slowdown: What to multiply a worker's compute times by: M numbers above zero, or a mapping
-        from some workers' indices to theirs. By default 1.
-      start: When a worker joins, in seconds, and pulls the parameters of that moment: M numbers, or
-        a mapping. By default 0.
-      stop: When a worker stops, in seconds; what it is computing then is lost. M numbers, or a
-        mapping. By default inf. At least one worker must be there from 0 to inf.
+      compute_time: `deterministic`, `exponential` (the default, with a mean of one second) or
+        `lognormal`; or any function of a random key that returns seconds (at least zero). A number
+        stands for ``deterministic(number)``.
+      slowdown: The factor on a worker's compute times: M numbers above zero, or a mapping from some
+        workers' indices to theirs. By default 1.
+      start: When a worker joins and pulls the parameters, in seconds: M numbers, or a mapping. By
+        default 0.
+      stop: When a worker stops, in seconds. The gradient that it computes then is lost. M numbers,
+        or a mapping. By default inf. At least one worker must be present from 0 to inf.
 
     Returns:
-      The arrivals; arrays of shape (num_updates,), and the barrier times of synchronous training
-      with the same compute times.
+      The arrivals, with the barrier times of synchronous training with the same compute times.
 
     Raises:
       TypeError: If an argument has no legal type.
@@ -226,7 +235,7 @@ def arrivals(
         below zero or no numbers.
 
     Examples:
-      Worker 2 needs three times as long, worker 1 stops after 3.5 seconds:
+      Worker 2 takes three times as long, and worker 1 stops after 3.5 seconds:
 
       >>> import jax
       >>> from optax_dcasgd import simulation
@@ -281,7 +290,7 @@ def arrivals(
             return jnp.max(ready, where=ready < jnp.inf, initial=0.0), ready
 
         _, barrier = lax.scan(synchronize, jnp.zeros((), float), durations[:num_rounds])
-        # Summed here, pairwise: a running sum of small steps would lose them in a long run.
+        # cumsum adds pairwise: a running float32 sum would lose small steps in a long run.
         time = jnp.cumsum(elapsed)
         is_legal = jnp.all((elapsed >= 0) & (elapsed < jnp.inf)) & jnp.all(durations >= 0)
         return is_legal, worker, staleness, time, barrier
@@ -305,7 +314,7 @@ class _Workers:
 
 
 def _push(duration: Any, events: _Workers, t: Any) -> tuple[_Workers, Any]:
-    """The next event. Times stay relative, so that their rounding does not grow with the run."""
+    """The next event. Times stay relative, so that rounding errors do not grow with the run."""
     worker = jnp.argmin(events.remaining).astype(jnp.int32)
     elapsed = events.remaining[worker]
     staleness = t.astype(jnp.int32) - events.pulled[worker]
@@ -314,7 +323,7 @@ def _push(duration: Any, events: _Workers, t: Any) -> tuple[_Workers, Any]:
     num_pushes = events.num_pushes + is_worker
     next_push = duration(worker, num_pushes[worker])
     next_push = jnp.where(next_push > until_stop, jnp.inf, next_push)
-    # Whoever joins at this moment or later will pull what this push makes, or something newer.
+    # A worker that joins now or later pulls the version of this push, or a newer one.
     pulls = is_worker | (until_start >= 0)
     return _Workers(
         remaining=jnp.where(is_worker, next_push, events.remaining - elapsed),
@@ -358,6 +367,6 @@ def _check_presence(slowdown: Any, start: Any, stop: Any) -> None:
     known = isinstance(start, np.ndarray) and isinstance(stop, np.ndarray)
     if known and not np.any((start == 0) & (stop == np.inf)):
         raise ValueError(
-            "start and stop leave no worker that is there from 0 to inf, so the run may come to a "
-            "halt: let at least one worker be."
+            "start and stop leave no worker that is present from 0 to inf, so the run may stop "
+            "for good: let at least one worker stay."
         )

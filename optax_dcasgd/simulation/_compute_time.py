@@ -40,7 +40,7 @@ def deterministic(seconds: float | jax.Array = 1.0) -> ComputeTime:
 
 
 def exponential(mean: float | jax.Array = 1.0) -> ComputeTime:
-    """Exponentially distributed times: without memory, so that the next push is anybody's.
+    """Exponentially distributed times: every worker is equally likely to push next.
 
     Args:
       mean: The mean time in seconds, above zero.
@@ -65,7 +65,7 @@ def exponential(mean: float | jax.Array = 1.0) -> ComputeTime:
 
 
 def lognormal(mean: float | jax.Array = 1.0, sigma: float | jax.Array = 0.5) -> ComputeTime:
-    r"""Log-normally distributed times: mostly regular, now and then a straggler.
+    r"""Log-normally distributed times: mostly similar, with a straggler now and then.
 
     They are :math:`\text{mean}\cdot e^{\sigma z - \sigma^2/2}`, where :math:`z` is standard normal.
 

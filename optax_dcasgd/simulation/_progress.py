@@ -1,4 +1,4 @@
-"""A progress bar for a compiled loop, which it leaves about once a second."""
+"""A progress bar for a compiled loop, which calls Python about once a second."""
 
 import time
 from typing import Any
@@ -15,8 +15,8 @@ _INTERVAL = 1.0  # seconds
 class Bar:
     """Shows a tqdm bar, and tells the loop at which update to report next.
 
-    The loop carries that number and calls the host only when it gets there, so neither a clock nor
-    a callback is needed in between.
+    The loop carries that number and calls the host when it gets there. Before that it needs neither
+    a clock nor a callback.
     """
 
     def __init__(self, total: int):
@@ -32,7 +32,7 @@ class Bar:
         done, total = self._next, self._bar.total
         self._bar.update(done - self._bar.n)
         if done:
-            # The next stretch at the mean speed so far, but never more than twice all before it:
+            # As many updates as the mean speed so far gives, but never more than twice those done:
             # the first updates of a run may be slow, or fast.
             per_update = (time.monotonic() - self._start) / done
             stretch = min(max(int(_INTERVAL / per_update), 1), 2 * done)

@@ -51,21 +51,22 @@ def run(
 ) -> Result:
     r"""Trains with the gradients in the order in which they arrive.
 
-    With :math:`w_v` for the parameters after v updates and :math:`\tau_t` for the staleness, push t
-    computes :math:`g_t` on batch t at :math:`w_{t-\tau_t}`, and the optimizer applies it at
+    :math:`w_v` are the parameters after v updates, and :math:`\tau_t` is the staleness of push t.
+    The worker computes :math:`g_t` on batch t at :math:`w_{t-\tau_t}`. The optimizer applies it at
     :math:`w_t`:
 
     ===============  =========================================================================
     ``mode``         one update
     ===============  =========================================================================
     "async"          One push, stale as in ``arrivals``.
-    "sync"           The mean of the gradients of all M workers at the same parameters, worker
-                     i of round r on batch r·M + i, when the slowest is ready. There are
-                     num_updates // M updates; the last num_updates % M batches are left out.
-    "sequential"     One push, never stale: one machine computes the same gradients one after
-                     another, and needs the sum of their times. (How long a gradient took is
-                     counted from when the version it was computed at was made, which for the first
-                     one of a worker that joins later is before it joined.)
+    "sync"           A round: the mean of the gradients of all M workers at the same parameters.
+                     Worker i of round r uses batch r·M + i, and the round ends with the slowest
+                     worker. There are num_updates // M updates; the last num_updates % M
+                     batches are not used.
+    "sequential"     One push, never stale. One machine computes the same gradients one after
+                     another, so the time is the sum of their times. (The time of a gradient
+                     starts when its version of the parameters was made. For the first gradient
+                     of a worker that joins late, this is before it joined.)
     ===============  =========================================================================
 
     Args:
@@ -73,33 +74,34 @@ def run(
         ``jax.value_and_grad(loss_fn)`` of a ``loss_fn(params, batch, key)``. The key of batch t is
         ``jax.random.fold_in(key, t)``.
       params: The initial parameters, which all workers hold at first.
-      tx: Any Optax optimizer. Its ``update`` gets the extra arguments ``stale_params`` (what the
-        gradient was computed at), ``worker`` and ``staleness`` if it takes any; so
-        `add_delay_compensation` needs no memory of its own here: ``store=None``.
+      tx: Any Optax optimizer. If its ``update`` takes extra arguments, it gets ``stale_params``
+        (the parameters of the gradient), ``staleness`` and ``worker``. So the simulation is the
+        source for every rule in ``tx``, and needs no other. A source around ``tx`` does no harm:
+        in ``remember_params(tx)`` what is passed wins over what is remembered.
       batches: A pytree whose leaves have a leading axis of size num_updates: batch t is
-        ``leaf[t]``. Or a function from t (a traced int32 scalar) to batch t, which need not hold
-        all of them: ``lambda t: (x[index[t]], y[index[t]])``. Where ``arrivals.batch`` is given,
-        push t is computed on batch ``arrivals.batch[t]`` and with its key, and a leading axis of
-        any size n stands for as many batches as it takes: batch i is ``leaf[i % n]``.
+        ``leaf[t]``. Or a function from t (a traced int32 scalar) to batch t, so that not all have
+        to be in memory: ``lambda t: (x[index[t]], y[index[t]])``. With ``arrivals.batch``, push t
+        uses batch ``arrivals.batch[t]`` and its key. The leading axis may then have any size n:
+        batch i is ``leaf[i % n]``.
       arrivals: From `arrivals`, or `Arrivals` that a real run recorded.
       mode: "async", "sync" or "sequential", as above.
       evaluate: ``evaluate(params)``, traceable, returns a pytree of arrays; or None.
-      evaluate_every: Evaluate after every so many updates, and after the last one. By default only
-        after the last one.
+      evaluate_every: The number of updates between evaluations. There is always one after the last
+        update, and by default no other.
       key: A JAX random key, by default ``jax.random.key(0)``.
-      progress: Whether to show a tqdm bar (if tqdm is installed); without effect inside ``jax.jit``
-        and ``jax.vmap``. The loop is left for it about once a second.
+      progress: Whether to show a progress bar (with tqdm). The compiled loop calls Python for it
+        about once a second. Inside ``jax.jit`` and ``jax.vmap`` there is no bar.
 
     Returns:
-      The last parameters, the optimizer's last state, and the `History`. A run has been finite to
-      its end if ``history.num_finite`` is the number of its updates; otherwise the loss of update
-      ``num_finite`` is the first that is not finite (or the last parameters are not). In "sync"
-      mode ``history.time`` is NaN if ``arrivals.barrier`` is not known.
+      The last parameters, the last state of the optimizer, and the `History`. If
+      ``history.num_finite`` is the number of updates, the run was finite to its end. Otherwise the
+      loss of update ``num_finite`` is the first that is not finite (or only the last parameters
+      are not). In "sync" mode without ``arrivals.barrier``, ``history.time`` is NaN.
 
-      Under ``jax.vmap`` and ``jax.jit`` (over keys, arrivals, learning rates: ``tx`` may be made
-      inside) at most M versions of the parameters are kept. Traced arrivals that need more, by
-      pulling ahead of a push, cannot be replayed there, and give NaN everywhere. Each call compiles
-      anew; wrap it in ``jax.jit`` to train with many keys or hyperparameters.
+      Each call compiles anew. To train with many keys, arrivals or hyperparameters, call it inside
+      ``jax.jit`` or ``jax.vmap``; ``tx`` may be made there too. With traced arrivals, M versions of
+      the parameters are kept. A worker that pulls before it pushes may need more. Such a run cannot
+      be replayed with traced arrivals, and gives NaN everywhere.
 
     Raises:
       TypeError: If an argument has no legal type, or ``grad_fn`` does not return a pair.
@@ -112,7 +114,7 @@ def run(
       >>> grad_fn = jax.value_and_grad(lambda w, x, key: jnp.mean((x @ w - x.sum(-1)) ** 2))
       >>> batches = jax.random.normal(jax.random.key(0), (200, 32, 3))
       >>> arrivals = simulation.arrivals(jax.random.key(1), num_workers=4, num_updates=200)
-      >>> tx = optax.chain(add_delay_compensation(0.1, store=None), optax.sgd(0.05))
+      >>> tx = optax.chain(add_delay_compensation(), optax.sgd(0.05))
       >>> result = simulation.run(grad_fn, jnp.zeros(3), tx, batches, arrivals)
       >>> print(result.params.round(2), result.history.num_finite)
       [1. 1. 1.] 200

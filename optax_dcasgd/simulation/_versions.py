@@ -1,9 +1,10 @@
 """Where old versions of the parameters are kept: as few copies as the arrivals need.
 
 Version v is the parameters after v updates. Push t reads version ``t - staleness[t]`` and then
-makes version t + 1. A version is kept in a slot until its last reader has pushed. Where every
-worker pulls after its own push, that is one slot a worker at most, and fewer while several hold the
-same version; a worker that joins, or one that pulls ahead of its push, needs no case of its own.
+makes version t + 1. A version stays in its slot until its last reader has pushed. Where every
+worker pulls after its own push, this takes at most one slot a worker, and fewer while several
+workers hold the same version. A worker that joins, or that pulls before it pushes, is no special
+case.
 """
 
 from typing import NamedTuple
@@ -37,16 +38,16 @@ def plan(staleness: jax.Array, num_slots: int) -> Plan:
     num_updates = staleness.shape[0]
     t = jnp.arange(num_updates, dtype=jnp.int32)
     version = t - staleness
-    # When a version is dropped, in half pushes: between its last reader's read and write; one that
-    # nobody reads, after the push that made it.
+    # When a version is dropped, counted in half pushes: between the read and the write of its last
+    # reader; or, if nobody reads it, after the push that made it.
     unread = 2 * jnp.arange(num_updates + 1, dtype=jnp.int32) - 1
     dropped = unread.at[version].max(2 * t)
-    # Slots are handed on in the order in which they become free: first those that never held
-    # anything, then from version to version. The first holder of slot i is version i.
+    # Slots are given out in the order in which they become free. At first all are empty, so slot i
+    # goes to version i. Then each goes from one version to the next.
     order = jnp.argsort(dropped).astype(jnp.int32)
     first = jnp.arange(num_slots, dtype=jnp.int32)
     holder = jnp.concatenate([first, order])[: num_updates + 1]
     fits = jnp.all(dropped[holder[num_slots:]] < 2 * t[num_slots - 1 :] + 1)
-    # From the previous holder to the first, in steps of twice the length each time.
+    # Follow the chain of holders to the first one; each pass doubles the length of a step.
     holder = lax.fori_loop(0, num_updates.bit_length(), lambda _, h: h[h], holder)
     return Plan(read=holder[version], write=holder[1:], fits=fits)

@@ -5,6 +5,7 @@ import functools
 import heapq
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +18,8 @@ KEY = jax.random.key(5)
 INF = math.inf
 
 COMPUTE_TIMES = {
-    "deterministic": simulation.deterministic(0.7),
+    "deterministic": simulation.deterministic(0.5),  # with ties
     "exponential": simulation.exponential(2.0),
-    "lognormal": simulation.lognormal(2.0, 1.0),
-    "the user's own": lambda key: 1 + jax.random.uniform(key),
 }
 # slowdown, start, stop
 PRESENT = ([1.0] * 5, [0.0] * 5, [INF] * 5)
@@ -28,19 +27,19 @@ CLUSTERS = [
     PRESENT,
     ([1.0, 4.1, 1.0, 1.37, 1.0], *PRESENT[1:]),
     (*PRESENT[:2], [0.0, INF, 6.5, INF, INF]),
-    (PRESENT[0], [0.0, 3.3, 0.0, 0.0, 8.1], PRESENT[2]),
+    (PRESENT[0], [0.0, 3.5, 0.0, 0.0, 8.0], PRESENT[2]),
     ([1.0, 4.1, 1.37, 0.61, 1.0], [0.0, 3.3, 2.2, 0.0, 0.0], [INF, 30.0, 7.0, 4.4, INF]),
 ]
 
 
 def durations(compute_time, num_workers, num_each):
     """The times that `arrivals` documents, one by one."""
-    draw = jax.jit(
-        lambda i, k: jnp.asarray(
-            compute_time(jax.random.fold_in(jax.random.fold_in(KEY, i), k)), float
-        )
-    )
-    return [[float(draw(i, k)) for k in range(num_each)] for i in range(num_workers)]
+
+    def draw(i, k):
+        return jnp.float32(compute_time(jax.random.fold_in(jax.random.fold_in(KEY, i), k)))
+
+    grid = np.mgrid[:num_workers, :num_each]
+    return np.asarray(jax.jit(jax.vmap(jax.vmap(draw)))(*grid), float)
 
 
 def event_queue(times, num_updates, slowdown, start, stop):
@@ -95,26 +94,14 @@ def test_workers_by_mapping_or_by_number():
     arrivals = functools.partial(simulation.arrivals, KEY, 3, 20, compute_time=1.0)
     by_mapping = arrivals(slowdown={1: 4}, start={2: 3.0}, stop={0: 2})
     by_number = arrivals(slowdown=(1, 4, 1), start=np.array([0, 0, 3]), stop=[2.0, INF, INF])
-    jax.tree.map(np.testing.assert_array_equal, by_mapping, by_number)
-    assert not np.array_equal(by_mapping.time, arrivals().time)
-    traced = jax.vmap(lambda x: arrivals(slowdown={1: x}, start={2: 3.0}, stop={0: 2}))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a[0], b), traced(4 + jnp.arange(2.0)), by_mapping
-    )
-
-
-@pytest.mark.parametrize("num_workers", [1, 2, 7])
-def test_round_robin_is_m_minus_1_stale_once_warm(num_workers):
-    arrivals = simulation.arrivals(KEY, num_workers, 30, compute_time=0.1)
-    np.testing.assert_array_equal(arrivals.worker, np.arange(30) % num_workers)
-    np.testing.assert_array_equal(arrivals.staleness, np.minimum(np.arange(30), num_workers - 1))
-    np.testing.assert_allclose(arrivals.time, 0.1 * (1 + np.arange(30) // num_workers), 1e-6)
+    chex.assert_trees_all_equal(by_mapping, by_number)
 
 
 def test_ties_of_unequal_workers_stay_ties():
-    """0.1 + 0.1 and 2·0.1 come at the same moment, to the end."""
-    arrivals = simulation.arrivals(KEY, 2, 300, compute_time=0.1, slowdown=[2.0, 1.0])
-    np.testing.assert_array_equal(arrivals.worker, [1, 0, 1] * 100)
+    """0.1 + 0.1 and 2·0.1 come at the same moment, to the end; ties go by index."""
+    arrivals = simulation.arrivals(KEY, 3, 300, compute_time=0.1, slowdown=[2.0, 1.0, 2.0])
+    np.testing.assert_array_equal(arrivals.worker, ([1, 0, 1, 2] * 75))
+    np.testing.assert_array_equal(arrivals.staleness[4:], ([1, 3, 1, 3] * 74))
 
 
 @pytest.mark.parametrize(
@@ -133,8 +120,7 @@ def test_moments(compute_time, mean, std):
 
 def test_under_vmap_and_jit():
     def one(key, slow):
-        slowdown = jnp.array([1.0, 1.0, slow])
-        return simulation.arrivals(key, 3, 30, slowdown=slowdown)
+        return simulation.arrivals(key, 3, 30, slowdown={2: slow})
 
     keys, slow = jax.random.split(KEY, 2), jnp.array([1.0, 5.0])
     together, one = jax.jit(jax.vmap(one))(keys, slow), jax.jit(one)
@@ -147,26 +133,27 @@ def test_under_vmap_and_jit():
 
 
 def test_time_does_not_lose_small_steps_in_a_long_run():
-    """The sum of a million steps of 2⁻¹⁰; a running float32 sum would stand still or drift."""
-    arrivals = simulation.arrivals(KEY, 1, 2**20, compute_time=0.001)
-    np.testing.assert_allclose(arrivals.time[-1], 0.001 * 2**20, 1e-5)
+    """A sum of many small steps; a running float32 sum would stand still or drift."""
+    arrivals = simulation.arrivals(KEY, 1, 2**18, compute_time=0.001)
+    np.testing.assert_allclose(arrivals.time[-1], 0.001 * 2**18, 1e-5)
 
 
-@pytest.mark.parametrize("barrier", [True, False])
-def test_saved_and_loaded(tmp_path, barrier):
-    arrivals = simulation.arrivals(KEY, 3, 20, compute_time=0.3, start={2: 3.0})
-    if not barrier:
-        arrivals = dataclasses.replace(arrivals, barrier=None, batch=np.arange(20)[::-1])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_saved_and_loaded(tmp_path, recorded):
+    t = np.arange(20, dtype=np.int32)
+    arrivals = Arrivals(t % 3, np.minimum(t, 2), np.float32(0.3) * t)
+    if recorded:
+        arrivals = dataclasses.replace(arrivals, batch=t[::-1], num_workers=4)
+    else:
+        barrier = np.arange(18, dtype=np.float32).reshape(6, 3)
+        arrivals = dataclasses.replace(arrivals, barrier=barrier)
     path = tmp_path / "no suffix"
     arrivals.save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["no suffix"]
     loaded = Arrivals.load(str(path))
-    for name in ["worker", "staleness", "time", "barrier" if barrier else "batch"]:
-        expected = getattr(arrivals, name)
-        np.testing.assert_array_equal(getattr(loaded, name), expected)
-        assert getattr(loaded, name).dtype == expected.dtype
-    assert loaded.num_workers == 3
-    assert (loaded.barrier is not None) == barrier == (loaded.batch is None)
+    expected = dataclasses.replace(arrivals, num_workers=4 if recorded else 3)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, expected)
+    chex.assert_trees_all_equal(loaded, expected)
 
 
 def test_a_wrong_file_is_refused(tmp_path):
@@ -209,24 +196,23 @@ def test_a_wrong_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"key": 0}, TypeError, "key must be one JAX random key"),
         ({"key": jax.random.split(KEY)}, TypeError, "key must be one JAX random key"),
         ({"num_workers": 0}, ValueError, "num_workers must be at least 1"),
-        ({"num_workers": 2.0}, TypeError, "num_workers must be a Python integer"),
         ({"num_updates": 0}, ValueError, "num_updates must be at least 1"),
         ({"compute_time": 0.0}, ValueError, "compute_time must be finite and above 0"),
         ({"compute_time": "exponential"}, TypeError, "compute_time must be a number"),
-        ({"slowdown": [1.0]}, ValueError, "slowdown must be 3 numbers"),
+        (
+            {"compute_time": lambda key: jax.random.normal(key, 4)},
+            ValueError,
+            r"compute_time must return a scalar.*shape \(4,\)",
+        ),
         ({"slowdown": 2.0}, ValueError, "slowdown must be 3 numbers"),
-        ({"slowdown": ["a", "b", "c"]}, ValueError, "slowdown must be 3 numbers"),
         ({"slowdown": {0: "a"}}, ValueError, "slowdown must be 3 numbers"),
-        ({"slowdown": {0: None}}, ValueError, "slowdown must be 3 numbers"),
         ({"slowdown": {3: 1.0}}, ValueError, "slowdown names worker 3"),
         ({"slowdown": {-1: 1.0}}, ValueError, "slowdown must be at least 0"),
         ({"slowdown": {0: 0.0}}, ValueError, "slowdown must be finite and above 0"),
         ({"start": {0: -1.0}}, ValueError, "start must be finite and at least 0"),
         ({"stop": {0: math.nan}}, ValueError, "stop must be no NaN"),
-        ({"stop": [1.0, 2.0, 3.0]}, ValueError, "start and stop leave no worker"),
         ({"stop": {0: 1.0, 1: 1.0}, "start": {2: 1.0}}, ValueError, "start and stop leave no"),
     ],
 )
@@ -236,7 +222,7 @@ def test_wrong_arguments(arguments, error, message):
         simulation.arrivals(**arguments)
 
 
-def test_wrong_compute_times():
+def test_wrong_parameters_of_compute_times():
     with pytest.raises(ValueError, match="seconds must be finite and above 0"):
         simulation.deterministic(0.0)
     with pytest.raises(ValueError, match="mean must be finite and above 0"):
@@ -245,18 +231,15 @@ def test_wrong_compute_times():
         simulation.lognormal(1.0, -1.0)
     with pytest.raises(TypeError, match="mean must be a number"):
         simulation.lognormal("1")
-    with pytest.raises(ValueError, match=r"compute_time must return a scalar.*shape \(4,\)"):
-        simulation.arrivals(KEY, 2, 5, compute_time=lambda key: jax.random.normal(key, 4))
-    for illegal in (-1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match="compute_time must return finite numbers, none below"):
-            simulation.arrivals(KEY, 2, 5, compute_time=lambda key, x=illegal: x)
+
+
+@pytest.mark.parametrize(("illegal", "seen"), [(-1.0, False), (INF, True), (math.nan, True)])
+def test_illegal_compute_times(illegal, seen):
+    """Also of a worker that would push too late to be seen."""
     first = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(KEY, 1), 0))
-    for illegal in (-1.0, np.nan):  # of a worker that is not seen otherwise
-        with pytest.raises(ValueError, match="compute_time must return finite numbers, none below"):
-            simulation.arrivals(
-                *(KEY, 2, 5),
-                compute_time=lambda key, x=illegal: jnp.where(
-                    jnp.all(jax.random.key_data(key) == first), x, 1.0
-                ),
-                start={1: 3.0},
-            )
+
+    def compute_time(key):
+        return jnp.where(seen | jnp.all(jax.random.key_data(key) == first), illegal, 1.0)
+
+    with pytest.raises(ValueError, match="compute_time must return finite numbers, none below"):
+        simulation.arrivals(KEY, 2, 5, compute_time=compute_time, start={1: 3.0})

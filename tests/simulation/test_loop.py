@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +13,13 @@ import pytest
 import simulation_cases as cases
 from simulation_cases import BATCHES, LEARNING_RATE, NUM_UPDATES, PARAMS
 
-import optax_dcasgd
-from optax_dcasgd import simulation
+from optax_dcasgd import add_delay_compensation, simulation
 from optax_dcasgd.simulation import Arrivals, _progress, _versions
 
 KEY = jax.random.key(0)
-TX = optax.chain(
-    optax_dcasgd.add_delay_compensation(2.0, decay=0.95, store=None), optax.sgd(LEARNING_RATE)
-)
+TX = optax.chain(add_delay_compensation(), optax.sgd(LEARNING_RATE))
+RULE = {"lamda": 8.0, "decay": 0.95, "clip": 1.0}
+SGD = optax.sgd(0.1)
 
 
 def run(tx=TX, arrivals=None, grad_fn=cases.grad_fn, params=PARAMS, batches=BATCHES, **options):
@@ -28,19 +28,20 @@ def run(tx=TX, arrivals=None, grad_fn=cases.grad_fn, params=PARAMS, batches=BATC
     return simulation.run(grad_fn, cases.as_jax(params), tx, batches, arrivals, **options)
 
 
-@pytest.fixture(scope="module")
-def finished():
-    """A run with all defaults."""
-    return run()
-
-
 def by_hand(staleness, num_workers=None):
     staleness = np.asarray(staleness)
     worker = np.zeros_like(staleness)
     return Arrivals(worker, staleness, np.arange(1.0, staleness.size + 1), None, num_workers)
 
 
-@pytest.mark.parametrize(("every", "when"), [(15, [15, 30, 40]), (20, [20, 40]), (None, [40])])
+# A worker that pulls its next parameters before it pushes holds two versions; one that is dropped
+# pulls again, without a push.
+AHEAD = np.minimum(np.arange(NUM_UPDATES), 2)
+AGAIN = np.where(np.arange(NUM_UPDATES) % 7 == 0, 0, np.minimum(np.arange(NUM_UPDATES), 5))
+NEVER = np.arange(NUM_UPDATES)
+
+
+@pytest.mark.parametrize(("every", "when"), [(15, [15, 30, 40]), (None, [40])])
 def test_evaluation_after_every_so_many_updates_and_at_the_end(every, when):
     calls = []
 
@@ -55,9 +56,8 @@ def test_evaluation_after_every_so_many_updates_and_at_the_end(every, when):
     np.testing.assert_array_equal(history.evaluated, when)
     assert history.loss.shape == history.time.shape == (NUM_UPDATES,)
     assert history.evaluation["norm"].shape == (len(when),)
-    staleness = np.asarray(cases.arrivals().staleness)
     versions, losses = cases.numpy_run(
-        [[(t, tau)] for t, tau in enumerate(staleness)], lamda=2.0, decay=0.95
+        cases.one_push_each(cases.arrivals().staleness), momentum=None, **RULE
     )
     for row, update in enumerate(when):
         at = {k: v[row] for k, v in history.evaluation["params"].items()}
@@ -80,52 +80,32 @@ def test_no_evaluation_in_between_under_vmap():
     assert len(calls) == 2 * NUM_UPDATES // 10
 
 
-def test_a_saved_file_replays_bit_for_bit(tmp_path, finished):
-    cases.arrivals().save(tmp_path / "arrivals.npz")
-    replayed = run(arrivals=Arrivals.load(tmp_path / "arrivals.npz"))
-    cases.assert_bit_equal(replayed.params, finished.params)
-    cases.assert_bit_equal(replayed.history.loss, finished.history.loss)
+# --- Versions ---
 
 
-# A worker that pulls its next parameters before it pushes holds two versions; one that is dropped
-# pulls again, without a push.
-AHEAD = np.minimum(np.arange(NUM_UPDATES), 2)
-AGAIN = np.where(np.arange(NUM_UPDATES) % 7 == 0, 0, np.minimum(np.arange(NUM_UPDATES), 5))
-
-
-@pytest.mark.parametrize(
-    "staleness", [AHEAD, AGAIN, np.arange(NUM_UPDATES)], ids=["ahead", "again", "never"]
-)
-def test_recorded_arrivals_of_any_order(staleness):
+def test_recorded_arrivals_of_any_order():
     with jax.enable_x64(True):
-        result = run(arrivals=by_hand(staleness))
-    versions, _ = cases.numpy_run(
-        [[(t, tau)] for t, tau in enumerate(staleness)], lamda=2.0, decay=0.95
-    )
-    cases.assert_close(result.params, versions[-1], 1e-12)
+        traced = jax.jit(lambda arrivals: run(arrivals=arrivals).params)
+        for staleness in (AHEAD, AGAIN, NEVER):
+            params = traced(by_hand(staleness, num_workers=NUM_UPDATES))
+            versions, _ = cases.numpy_run(cases.one_push_each(staleness), **RULE)
+            cases.assert_close(params, versions[-1], 1e-12)
 
 
 def test_traced_arrivals_that_need_more_versions_than_workers_are_not_trained_wrongly():
     """How many they need is not known while tracing: NaN, and not another run's result."""
-    traced = jax.jit(lambda arrivals: run(arrivals=arrivals))
-    result = traced(by_hand(AHEAD, num_workers=2))
-    assert np.isnan(result.history.loss).all()
-    assert np.isnan(result.params["bias"]).all()
-    assert result.history.num_finite == 0
-    enough = traced(by_hand(AHEAD, num_workers=3))
-    cases.assert_close(enough.params, run(arrivals=by_hand(AHEAD)).params, 1e-5)
 
-
-def test_traced_arrivals_leave_integers_alone():
     def grad_fn(params, batch, key):
         return jnp.zeros(()), {"w": params["w"], "n": jnp.zeros_like(params["n"])}
 
+    tx = optax.masked(SGD, {"w": True, "n": False})
     params = {"w": jnp.ones(()), "n": jnp.array(3, jnp.int32)}
-    tx = optax.masked(optax.sgd(0.1), {"w": True, "n": False})
-    trained = jax.jit(lambda arrivals: run(tx, grad_fn=grad_fn, params=params, arrivals=arrivals))
-    result = trained(by_hand(AHEAD, num_workers=3))
+    traced = jax.jit(lambda arrivals: run(tx, arrivals, grad_fn, params))
+    result = traced(by_hand(AHEAD, num_workers=2))
+    assert np.isnan(result.history.loss).all()
+    assert np.isnan(result.params["w"])
+    assert result.history.num_finite == 0
     assert (result.params["n"].dtype, int(result.params["n"])) == (jnp.int32, 3)
-    assert result.history.num_finite == NUM_UPDATES
 
 
 def test_as_few_versions_as_the_arrivals_need():
@@ -142,9 +122,9 @@ def test_as_few_versions_as_the_arrivals_need():
         assert plan(staleness, slots).fits
         if slots > 1:
             assert not plan(staleness, slots - 1).fits
-    for num_workers in [1, 2, 8]:
-        arrivals = simulation.arrivals(jax.random.key(0), num_workers, 100, compute_time=1.0)
-        assert _versions.num_slots(np.asarray(arrivals.staleness)) == num_workers
+    for num_workers in [1, 2, 8]:  # that take turns
+        staleness = np.minimum(np.arange(100), num_workers - 1)
+        assert _versions.num_slots(staleness) == num_workers
 
 
 def test_the_versions_are_updated_in_place():
@@ -164,22 +144,30 @@ def test_the_versions_are_updated_in_place():
     assert temporary < 1.5 * num_workers * size * 4
 
 
+def test_versions_are_kept_in_the_dtypes_of_the_parameters():
+    params = {"kernel": jnp.asarray(PARAMS["kernel"], jnp.bfloat16), "bias": np.zeros(2)}
+    result = run(params=params, evaluate=lambda params: 1.0)
+    assert result.params["kernel"].dtype == jnp.bfloat16
+    assert result.params["bias"].dtype == jnp.float32
+
+
 def test_a_run_that_is_not_finite_says_since_when():
-    def train(learning_rate):
-        return run(optax.sgd(learning_rate), grad_fn=steep).history
+    """It stays finite; it does not; only its last parameters are not."""
 
-    def steep(params, batch, key):
-        return jax.value_and_grad(lambda p: jnp.sum(p["kernel"] ** 4))(params)
+    def train(learning_rate, only_parameters):
+        def steep(params, batch, key):
+            loss, grad = jax.value_and_grad(lambda w: w**4)(params)
+            return jnp.where(only_parameters, 0, loss), jnp.where(only_parameters, jnp.nan, grad)
 
-    history = jax.vmap(train)(jnp.array([1e-4, 10.0]))
+        return run(optax.sgd(learning_rate), grad_fn=steep, params=1.0).history
+
+    history = jax.vmap(train)(jnp.array([1e-4, 10.0, 0.1]), jnp.array([False, False, True]))
     first = int(np.argmin(np.isfinite(history.loss[1])))
     assert 0 < first < NUM_UPDATES - 1
-    np.testing.assert_array_equal(history.num_finite, [NUM_UPDATES, first])
+    np.testing.assert_array_equal(history.num_finite, [NUM_UPDATES, first, NUM_UPDATES - 1])
 
 
-def test_only_the_last_parameters_are_not_finite():
-    grad_fn = lambda p, b, k: (jnp.zeros(()), jax.tree.map(lambda x: x * jnp.nan, p))  # noqa: E731
-    assert run(optax.sgd(0.1), grad_fn=grad_fn).history.num_finite == NUM_UPDATES - 1
+# --- Progress ---
 
 
 class FakeTqdm(types.ModuleType):
@@ -201,14 +189,24 @@ class FakeTqdm(types.ModuleType):
         return bar
 
 
+@pytest.fixture
+def tqdm(monkeypatch):
+    module = FakeTqdm()
+    monkeypatch.setitem(sys.modules, "tqdm", module)
+    return module
+
+
+def quadratic(tx=SGD, **options):
+    """A cheap run."""
+    return run(tx, grad_fn=lambda w, batch, key: (w**2, 2 * w), params=1.0, **options)
+
+
 @pytest.mark.parametrize("interval", [0.0, 1000.0])
-def test_progress(monkeypatch, finished, interval):
+def test_progress(monkeypatch, tqdm, interval):
     """One report an interval: at every update if it is zero, and hardly any if it is long."""
-    tqdm = FakeTqdm()
-    monkeypatch.setitem(sys.modules, "tqdm", tqdm)
     monkeypatch.setattr(_progress, "_INTERVAL", interval)
-    result = run(progress=True)
-    cases.assert_bit_equal(result.params, finished.params)
+    result = quadratic(progress=True)
+    chex.assert_trees_all_equal(result, quadratic())
     (bar,) = tqdm.bars
     assert bar.closed
     assert bar.n == bar.total == NUM_UPDATES
@@ -216,24 +214,19 @@ def test_progress(monkeypatch, finished, interval):
     assert reports >= NUM_UPDATES if interval == 0 else reports < 8
 
 
-def test_no_progress_where_python_does_not_run(monkeypatch):
-    tqdm = FakeTqdm()
-    monkeypatch.setitem(sys.modules, "tqdm", tqdm)
-    jax.eval_shape(jax.jit(lambda: run(progress=True)))
-    jax.eval_shape(jax.vmap(lambda key: run(progress=True, key=key)), jax.random.split(KEY))
-    jax.vmap(lambda rate: run(optax.sgd(rate), progress=True))(jnp.array([0.1, 0.2]))
+def test_no_progress_where_python_does_not_run(tqdm):
+    jax.eval_shape(jax.jit(lambda: quadratic(progress=True)))
+    jax.eval_shape(jax.vmap(lambda key: quadratic(progress=True, key=key)), jax.random.split(KEY))
     assert not tqdm.bars
 
 
-def test_progress_ends_when_the_run_fails(monkeypatch):
-    tqdm = FakeTqdm()
-    monkeypatch.setitem(sys.modules, "tqdm", tqdm)
-
+def test_progress_ends_when_the_run_fails(tqdm):
     def update(updates, state, params=None, **extra_args):
         raise RuntimeError("in the optimizer")
 
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
     with pytest.raises(RuntimeError, match="in the optimizer"):
-        run(optax.GradientTransformationExtraArgs(lambda params: (), update), progress=True)
+        quadratic(tx, progress=True)
     assert tqdm.bars[0].closed
     assert tqdm.bars[0].n == 0
 
@@ -241,11 +234,18 @@ def test_progress_ends_when_the_run_fails(monkeypatch):
 def test_progress_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match="progress=True needs tqdm"):
-        run(progress=True)
+        quadratic(progress=True)
+
+
+# --- Errors ---
 
 
 def _with(**changes):
-    return dataclasses.replace(by_hand(AHEAD), **changes)
+    return {"arrivals": dataclasses.replace(by_hand(AHEAD), **changes)}
+
+
+def _gives(returned):
+    return {"grad_fn": lambda params, batch, key: returned(params)}
 
 
 @pytest.mark.parametrize(
@@ -254,67 +254,35 @@ def _with(**changes):
         ({"mode": "asynchronous"}, ValueError, "mode must be one of 'async', 'sync'"),
         ({"tx": 0.1}, TypeError, "tx must be an optax.GradientTransformation"),
         ({"grad_fn": None}, TypeError, "grad_fn must be a function"),
-        ({"grad_fn": lambda p, b, k: p}, TypeError, r"grad_fn must return \(loss, grads\)"),
-        ({"grad_fn": lambda p, b, k: ((0.0, 1), p)}, TypeError, "return a scalar loss"),
-        ({"grad_fn": lambda p, b, k: (p["bias"], p)}, TypeError, "return a scalar loss"),
-        ({"grad_fn": lambda p, b, k: (0.0, {"bias": p["bias"]})}, ValueError, r"grads\['kernel'\]"),
-        (
-            {"grad_fn": lambda p, b, k: (0.0, p | {"bias": jnp.ones(3)})},
-            ValueError,
-            r"grads\['bias'\] has shape \(3,\)",
-        ),
+        (_gives(lambda p: p), TypeError, r"grad_fn must return \(loss, grads\)"),
+        (_gives(lambda p: ((0.0, 1), p)), TypeError, "return a scalar loss"),
+        (_gives(lambda p: (p["bias"], p)), TypeError, "return a scalar loss"),
+        (_gives(lambda p: (0.0, {"bias": p["bias"]})), ValueError, r"grads\['kernel'\]"),
+        (_gives(lambda p: (0.0, p | {"bias": jnp.ones(3)})), ValueError, r"has shape \(3,\)"),
         ({"batches": {"x": np.ones((39, 2))}}, ValueError, r"batches\['x'\] has shape \(39, 2\)"),
-        ({"batches": {"x": np.ones(())}}, ValueError, r"batches\['x'\] has shape \(\)"),
         ({"evaluate": 3}, TypeError, "evaluate must be a function"),
         ({"evaluate_every": 3}, ValueError, "evaluate_every has no meaning without evaluate"),
         ({"evaluate": len, "evaluate_every": 0}, ValueError, "evaluate_every must be at least 1"),
-        ({"evaluate": len, "evaluate_every": 1.5}, TypeError, "evaluate_every must be a Python"),
         ({"key": 0}, TypeError, "key must be one JAX random key"),
         ({"arrivals": (AHEAD, AHEAD)}, TypeError, "arrivals must be a simulation.Arrivals"),
-        ({"arrivals": _with(worker=np.int32(0))}, ValueError, r"arrivals.worker must have shape"),
-        ({"arrivals": _with(worker=0)}, TypeError, r"arrivals.worker must be an array; got 0"),
-        ({"arrivals": _with(time=[1.0, 2.0])}, TypeError, r"arrivals.time must be an array; got"),
-        ({"arrivals": _with(worker=AHEAD - 1)}, ValueError, r"arrivals.worker\[0\] must be at le"),
-        ({"arrivals": _with(worker=AHEAD, num_workers=2)}, ValueError, r"worker\[2\] .* at most 1"),
-        ({"arrivals": _with(staleness=AHEAD + 1)}, ValueError, r"staleness\[0\] .* at most 0"),
-        ({"arrivals": _with(staleness=AHEAD[1:])}, ValueError, r"staleness has shape \(39,\)"),
-        ({"arrivals": _with(staleness=AHEAD * 1.0)}, TypeError, "staleness must be of integer"),
-        ({"arrivals": _with(time=AHEAD)}, TypeError, "time must be of floating dtype"),
-        ({"arrivals": _with(barrier=np.ones((2, 2)))}, ValueError, "barrier must have shape"),
-        ({"arrivals": _with(num_workers=0)}, ValueError, "num_workers must be at least 1"),
-        (
-            {"arrivals": _with(num_workers=41), "mode": "sync"},
-            ValueError,
-            "40 pushes, too few for one round of num_workers=41",
-        ),
+        (_with(worker=np.int32(0)), ValueError, r"arrivals.worker must have shape"),
+        (_with(time=[1.0, 2.0]), TypeError, r"arrivals.time must be an array; got"),
+        (_with(worker=AHEAD - 1), ValueError, r"arrivals.worker\[0\] must be at least 0"),
+        (_with(worker=AHEAD, num_workers=2), ValueError, r"worker\[2\] .* at most 1"),
+        (_with(staleness=AHEAD + 1), ValueError, r"staleness\[0\] .* at most 0"),
+        (_with(staleness=AHEAD[1:]), ValueError, r"staleness has shape \(39,\)"),
+        (_with(time=AHEAD), TypeError, "time must be of floating dtype"),
+        (_with(batch=AHEAD - 1), ValueError, r"batch\[0\] must be at least 0"),
+        (_with(barrier=np.ones((2, 2))), ValueError, "barrier must have shape"),
+        (_with(num_workers=0), ValueError, "num_workers must be at least 1"),
+        (_with(num_workers=41) | {"mode": "sync"}, ValueError, "40 pushes, too few for one round"),
     ],
 )
 def test_wrong_arguments(arguments, error, message):
-    arguments = {
-        "grad_fn": cases.grad_fn,
-        "params": cases.as_jax(PARAMS),
-        "tx": TX,
-        "batches": BATCHES,
-        "arrivals": cases.arrivals(),
-    } | arguments
     with pytest.raises(error, match=message):
-        simulation.run(**arguments)
+        run(**arguments)
 
 
 def test_the_number_of_workers_must_be_known_where_the_arrivals_are_traced():
     with pytest.raises(ValueError, match=r"arrivals.num_workers is required"):
         jax.jit(lambda arrivals: run(arrivals=arrivals))(by_hand(AHEAD))
-
-
-def test_versions_are_kept_in_the_dtypes_of_the_parameters():
-    params = {"kernel": jnp.asarray(PARAMS["kernel"], jnp.bfloat16), "bias": np.zeros(2)}
-    result = simulation.run(
-        lambda p, b, k: jax.value_and_grad(cases.loss)(p, b, k),
-        params,
-        TX,
-        cases.as_jax(BATCHES),
-        cases.arrivals(),
-        evaluate=lambda params: 1.0,
-    )
-    assert result.params["kernel"].dtype == jnp.bfloat16
-    assert result.params["bias"].dtype == jnp.float32
