@@ -13,7 +13,7 @@ import reference
 from common import assert_bit_equal
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from transformation_cases import CASES, GRADS, NUM_WORKERS, PARAMS, inputs, make_step
+from transformation_cases import CASES, DISTINCT, GRADS, NUM_WORKERS, PARAMS, inputs, make_step
 
 import optax_dcasgd as dc
 
@@ -67,7 +67,7 @@ def assert_no_shared_buffer(state, *others):
         assert not {*mine} & {*buffers(other)}
 
 
-@each_case
+@pytest.mark.parametrize("name", DISTINCT)
 def test_a_run_is_compiled_once_shares_no_buffer_and_can_be_donated(name):
     tx = CASES[name].make()
     (step, traces), donated = compiled(name), jax.jit(make_step(tx), donate_argnums=(0, 1))
@@ -219,7 +219,7 @@ def save_and_restore(path, tree, target):
         return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, target))
 
 
-@each_case
+@pytest.mark.parametrize("name", SOME)
 def test_a_saved_or_pickled_state_resumes_to_the_same_bits(name, tmp_path):
     tx, (step, _) = CASES[name].make(), compiled(name)
     params, _, _ = inputs(name, 0)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +116,15 @@ CASES = {
 }
 
 
+# Those whose states and programs differ from one another, for tests that compile.
+DISTINCT = [
+    *("dcasgd-params", "dcasgd-adaptive", "dcasgd-updates", "dcasgd-workers", "fused_dcasgd"),
+    *("mxnet-1", "adaptive-remembered", "gap-remembered", "scheduled-staleness-given", "workers"),
+    *("one-worker", "delay_gradients", "delay_gradients-tree", "track_velocity"),
+    *("with_master_weights-remembered", "with_master_weights-delay"),
+]
+
+
 def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
@@ -124,6 +134,11 @@ def inputs(name, t):
     case, extras = CASES[name], dict(CASES[name].extras(t))
     dtype = jnp.bfloat16 if case.has_masters else jnp.float32
     return cast(PARAMS, dtype), cast(GRADS[t], dtype), extras
+
+
+def assert_close(actual, expected, *, rtol=1e-6, atol=1e-6):
+    """Equal but for the order in which two programs round."""
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def make_step(tx):
