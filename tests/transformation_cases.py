@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import WORKERS, random_tree
+from common import WORKERS, random_tree, train
 
 import optax_dcasgd as dc
 
@@ -151,3 +151,14 @@ def make_step(tx):
         return optax.apply_updates(params, updates), state
 
     return step
+
+
+def run(tx, extras=no_extras, *, grads=GRADS[:6], params=PARAMS):
+    """The parameters after each step, and the last state."""
+    return train(tx, params, grads, extras)
+
+
+def accumulated(tx, every):
+    """`optax.MultiSteps`, whose own ``gradient_transformation`` drops extra arguments."""
+    multi_steps = optax.MultiSteps(tx, every)
+    return optax.GradientTransformationExtraArgs(multi_steps.init, multi_steps.update)
