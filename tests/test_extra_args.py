@@ -94,7 +94,7 @@ def test_what_the_caller_passes_wins_over_what_is_remembered(num_workers):
         lambda inner: dc.remember_params(inner, num_workers=num_workers),
         lambda t: {**passed[t], **by_worker, "loss": "any object"},
     )
-    assert all(e.keys() - by_worker == {"stale_params", "staleness", "loss"} for e in seen)
+    assert all(e.keys() == {"stale_params", "staleness", "loss", *by_worker} for e in seen)
     remembered = [0, 1, 1, 1] if num_workers is None else [0, 0, 0, 0]
     for extra_args, given_ones, age in zip(seen, passed, remembered, strict=True):
         assert extra_args["staleness"] == given_ones.get("staleness", age)

@@ -42,13 +42,13 @@ def test_numpy_arrays_and_python_floats_are_legal_parameters(name):
     params["frozen"]["offset"] = 0.5
 
     def two_steps():  # these are arrays of NumPy's while they are traced
-        state, step = tx.init(params), make_step(tx)
-        _, state = step(params, state, jax.tree.map(np.asarray, grads), extras)
-        return step(params, state, jax.tree.map(np.asarray, grads), extras)
+        initial, step = tx.init(params), make_step(tx)
+        _, state = step(params, initial, jax.tree.map(np.asarray, grads), extras)
+        return initial, *step(params, state, jax.tree.map(np.asarray, grads), extras)
 
-    out, state = jax.eval_shape(two_steps)
+    initial, out, state = jax.eval_shape(two_steps)
     jax.tree.map(lambda x, p: np.testing.assert_equal(x.shape, np.shape(p)), out, params)
-    assert not any(leaf.weak_type for leaf in jax.tree.leaves((out, state)))
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves((initial, out, state)))
 
 
 UNUSUAL = {
