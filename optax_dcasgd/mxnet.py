@@ -197,9 +197,11 @@ def _add_decayed_weights(wd: Any, wd_mult: Any) -> optax.GradientTransformation:
             if grad is None:
                 return None
             dtype = _trees.compute_dtype(grad, param)
-            return jnp.asarray(grad, dtype) + jnp.asarray(wd * mult, dtype) * jnp.asarray(
-                param, dtype
-            )
+            decay = jnp.asarray(wd * mult, dtype) * jnp.asarray(param, dtype)
+            decayed = jnp.asarray(grad, dtype) + decay
+            # What the compensation of version 1 has rounded stays in the parameter's dtype.
+            rounded = _trees.dtype_of(grad) == _trees.dtype_of(param)
+            return decayed.astype(_trees.dtype_of(param)) if rounded else decayed
 
         mult = _trees.broadcast_prefix("wd_mult", 1.0 if wd_mult is None else wd_mult, updates)
         return jax.tree.map(leaf, updates, params, mult, is_leaf=_trees.is_none)
