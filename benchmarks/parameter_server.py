@@ -257,9 +257,7 @@ def problem():
     return jax.value_and_grad(loss), params, (x, y, index), accuracy
 
 
-DC = optax.chain(
-    add_delay_compensation(), optax.sgd(0.02, momentum=0.9)
-)
+DC = optax.chain(add_delay_compensation(), optax.sgd(0.02, momentum=0.9))
 
 
 def train_digits(num_updates, pause, **options):

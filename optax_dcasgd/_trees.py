@@ -180,11 +180,12 @@ def check_state(params: Any, *trees: Any, stacked: bool = False, same_dtype: boo
                     f"optimizer state it has dtype {dtype_of(kept)}."
                 )
 
+    def fits(param: Any, kept: Any) -> bool:
+        return is_masked(kept) and (is_masked(param) or jax.tree_util.all_leaves([param]))
+
     for tree in trees:
         if tree is not None:
-            _check_structure(
-                "params", params, tree, "the optimizer state", lambda _, kept: is_masked(kept)
-            )
+            _check_structure("params", params, tree, "the optimizer state", fits)
             jax.tree_util.tree_map_with_path(check, tree, params, is_leaf=is_masked)
 
 

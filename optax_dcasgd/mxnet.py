@@ -197,8 +197,11 @@ def _add_decayed_weights(wd: Any, wd_mult: Any) -> optax.GradientTransformation:
             if grad is None:
                 return None
             dtype = _trees.compute_dtype(grad, param)
-            decayed = jnp.asarray(grad, dtype) + jnp.asarray(wd * mult, dtype) * param
-            return decayed.astype(jnp.result_type(grad, param))
+            decay = jnp.asarray(wd * mult, dtype) * jnp.asarray(param, dtype)
+            decayed = jnp.asarray(grad, dtype) + decay
+            # What the compensation of version 1 has rounded stays in the parameter's dtype.
+            rounded = _trees.dtype_of(grad) == _trees.dtype_of(param)
+            return decayed.astype(_trees.dtype_of(param)) if rounded else decayed
 
         mult = _trees.broadcast_prefix("wd_mult", 1.0 if wd_mult is None else wd_mult, updates)
         return jax.tree.map(leaf, updates, params, mult, is_leaf=_trees.is_none)
@@ -211,7 +214,8 @@ def _scale_by_tree(name: str, factors: Any) -> optax.GradientTransformation:
         del params
 
         def leaf(update: Any, factor: Any) -> Any:
-            product = update * jnp.asarray(factor, _trees.compute_dtype(update))
+            dtype = _trees.compute_dtype(update)
+            product = jnp.asarray(update, dtype) * jnp.asarray(factor, dtype)
             return product.astype(_trees.dtype_of(update))
 
         return jax.tree.map(leaf, updates, _trees.broadcast_prefix(name, factors, updates))

@@ -1,30 +1,18 @@
-"""`optax.inject_hyperparams`: numbers, schedules, and values set in the state."""
+"""Hyperparameters: numbers, schedules, traced values, and `optax.inject_hyperparams`."""
+
+import functools
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from wrapper_cases import (
-    GRADS,
-    NUM_WORKERS,
-    PARAMS,
-    STALENESS,
-    STEPS,
-    assert_close,
-    assert_same,
-    assert_trajectory,
-    extras_of,
-    no_extras,
-    run,
-)
+from common import WORKERS, assert_bit_equal
+from transformation_cases import NUM_WORKERS, assert_close
 
 import optax_dcasgd as dc
 
-# --- inject_hyperparams ---
-
+STEPS = 4
 # An injected decay is a float32, and so 1 − decay is a difference of float32 numbers: equal to that
 # of the Python number only if binary fractions are subtracted.
 NUMBERS = {
@@ -34,132 +22,125 @@ NUMBERS = {
     "decay": 0.875,
     "eps": 0.02,
     "clip": 0.5,
+    "max_norm": 0.75,
+    "power": 0.5,
 }
-
-
 OTHERS = {
     "learning_rate": 0.05,
     "momentum": 0.5,
-    "lamda": 0.3,
+    "lamda": 0.1,
     "decay": 0.5,
     "eps": 0.3,
     "clip": 0.02,
+    "max_norm": 0.5,
+    "power": 2.0,
 }
-
-
 SCHEDULES = {
     "learning_rate": lambda t: 0.2 / (1 + t),
     "momentum": lambda t: 1 - 1 / (2.0 + t),
     "lamda": lambda t: 0.3 + 0.2 * t,
     "decay": lambda t: 0.9 - 0.1 * t,
     "eps": lambda t: 0.1 / (1 + t),
-    "clip": lambda t: jnp.where(t < 3, 0.2, 2.0),
+    "clip": lambda t: jnp.where(t < 2, 0.2, 2.0),
+    "max_norm": lambda t: 0.5 + 0.25 * t,
+    "power": lambda t: 1 / (1.0 + t),
 }
+PARAMS = jnp.array([[1.0, -2.0], [0.5, 3.0]])
+GRADS = jnp.asarray(np.random.default_rng(0).normal(size=(STEPS, 2, 2)), jnp.float32)
+
+
+def remembered(factory):
+    """The rule under the only memory for rules, made from the hyperparameters of the rule."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        inner = optax.chain(factory(*args, **kwargs), optax.scale(-0.5))
+        return dc.remember_params(inner, num_workers=NUM_WORKERS)
+
+    return make
 
 
 COMPENSATION = ("lamda", "decay", "eps", "clip")
-
-
-# (factory, what can be injected, what cannot, extra arguments of step t)
-INJECTABLE = {
-    "dcasgd": (dc.dcasgd, tuple(NUMBERS), {}, no_extras),
-    "dcasgd-updates": (dc.dcasgd, tuple(NUMBERS), {"store": "updates"}, no_extras),
-    "dcasgd-workers": (
-        dc.dcasgd,
-        tuple(NUMBERS),
-        {"num_workers": NUM_WORKERS},
-        lambda t: extras_of("worker", t),
+FACTORIES = {  # what is made, and what can be injected
+    "dcasgd": (dc.dcasgd, ("learning_rate", "momentum", *COMPENSATION)),
+    "dcasgd-updates": (
+        functools.partial(dc.dcasgd, store="updates"),
+        ("learning_rate", "momentum", *COMPENSATION),
     ),
-    "add_delay_compensation": (
-        dc.add_delay_compensation,
-        COMPENSATION,
-        {"store": None},
-        lambda t: extras_of("given", t),
+    "add_delay_compensation": (remembered(dc.add_delay_compensation), COMPENSATION),
+    "robust": (
+        remembered(dc.robust_delay_compensation),
+        ("lamda", "decay", "max_norm", "power", "eps"),
     ),
-    "add_delay_compensation-workers": (
-        dc.add_delay_compensation,
-        COMPENSATION,
-        {"num_workers": NUM_WORKERS},
-        lambda t: extras_of("worker", t),
-    ),
-    "scale_by_gap": (
-        dc.scale_by_gap,
-        ("decay", "eps"),
-        {"num_workers": NUM_WORKERS},
-        lambda t: extras_of("worker", t),
-    ),
+    "scale_by_gap": (remembered(dc.scale_by_gap), ("decay", "eps")),
+    "scale_by_staleness": (remembered(dc.scale_by_staleness), ("power",)),
 }
 
 
-def with_hyperparams(name, values, *, inject):
-    factory, names, fixed, _ = INJECTABLE[name]
-    if inject:
-        factory = optax.inject_hyperparams(factory, static_args=set(fixed) & {"num_workers"})
-    return factory(**{name: values[name] for name in names}, **fixed)
-
-
-def run_injectable(name, tx, changes=None):
-    """Like `run`; what is no optimizer gets one behind it; the state is changed at the start."""
-    state, params, trajectory = tx.init(PARAMS), PARAMS, []
-    for hyperparam, value in (changes or {}).items():
-        state.hyperparams[hyperparam] = jnp.asarray(value)
+def run(tx, changes=None):
+    """The parameters after each step; the hyperparameters in the state are changed first."""
+    params, state, trajectory = PARAMS, tx.init(PARAMS), []
+    for name, value in (changes or {}).items():
+        state.hyperparams[name] = jnp.asarray(value, state.hyperparams[name].dtype)
+    states = (state, getattr(state, "inner_state", None))  # without and with injection
+    by_worker = any(isinstance(s, dc.RememberParamsState) for s in states)
     for t in range(STEPS):
-        updates, state = tx.update(GRADS[t], state, params, **INJECTABLE[name][3](t))
-        if not name.startswith("dcasgd"):
-            updates = jax.tree.map(lambda g: -0.1 * g, updates)
-        params = optax.apply_updates(params, updates)
+        extras = {"worker": WORKERS[t]} if by_worker else {}
+        updates, state = tx.update(GRADS[t], state, params, **extras)
+        params = params + updates
         trajectory.append(params)
-    return trajectory
+    return jnp.stack(trajectory)
+
+
+def made(name, values, *, inject):
+    factory, names = FACTORIES[name]
+    factory = optax.inject_hyperparams(factory) if inject else factory
+    return factory(**{n: values[n] for n in names})
+
+
+@functools.cache
+def compiled(name):
+    """The run as a function of the hyperparameters: set in the state, or traced arguments."""
+    tx = made(name, NUMBERS, inject=True)
+    in_state = jax.jit(lambda values: run(tx, values))
+    return in_state, jax.jit(lambda values: run(made(name, values, inject=False)))
 
 
 @pytest.mark.parametrize("values", [NUMBERS, SCHEDULES], ids=["numbers", "schedules"])
-@pytest.mark.parametrize("name", INJECTABLE)
+@pytest.mark.parametrize("name", FACTORIES)
 def test_injected_equals_not_injected(name, values):
-    tx = with_hyperparams(name, values, inject=True)
-    assert set(tx.init(PARAMS).hyperparams) == set(INJECTABLE[name][1])  # none is left out
-    bare = with_hyperparams(name, values, inject=False)
-    assert_same(run_injectable(name, tx), run_injectable(name, bare))
+    tx = made(name, values, inject=True)
+    assert set(tx.init(PARAMS).hyperparams) == set(FACTORIES[name][1])  # none is left out
+    expected = jax.jit(lambda: run(made(name, values, inject=False)))()
+    assert_close(jax.jit(lambda: run(tx))(), expected)
+    if values is NUMBERS:
+        assert_close(compiled(name)[1](NUMBERS), expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "changed"),
-    [
-        (name, changed)
-        for name in ("dcasgd", "add_delay_compensation", "scale_by_gap")
-        for changed in INJECTABLE[name][1]
-    ],
-)
-def test_a_hyperparameter_set_in_the_state_takes_effect(name, changed):
-    tx = with_hyperparams(name, NUMBERS, inject=True)
-    other = with_hyperparams(name, {**NUMBERS, changed: OTHERS[changed]}, inject=False)
-    actual = run_injectable(name, tx, {changed: OTHERS[changed]})
-    assert_same(actual, run_injectable(name, other))
-    gaps = reference.subtract(actual[-1], run_injectable(name, tx)[-1])
-    assert max(np.max(np.abs(gap)) for gap in jax.tree.leaves(gaps)) > 1e-3
+@pytest.mark.parametrize("name", FACTORIES)
+def test_every_hyperparameter_can_be_set_in_the_state_or_be_traced(name):
+    in_state, traced = compiled(name)
+    for changed in FACTORIES[name][1]:
+        values = {n: NUMBERS[n] for n in FACTORIES[name][1]} | {changed: OTHERS[changed]}
+        assert_close(in_state(values), traced({**NUMBERS, **values}))
+        assert np.max(np.abs(in_state(values) - in_state({}))) > 1e-3
 
 
-def test_schedules_are_of_the_number_of_updates_so_far():
-    actual, _ = run(dc.dcasgd(**SCHEDULES))
-    hyperparams = {**SCHEDULES, "lr": SCHEDULES["learning_rate"]}
-    del hyperparams["learning_rate"]
-    expected = reference.one_update_old(lambda stale, t: GRADS[t], PARAMS, STEPS, **hyperparams)
-    assert_trajectory(actual, expected)
+def test_a_batch_of_hyperparameters_is_a_loop_over_them():
+    values = {"lamda": jnp.array([0.0, 0.8, 0.8]), "learning_rate": jnp.array([0.1, 0.1, 0.2])}
+    others = {name: x for name, x in NUMBERS.items() if name not in values}
+    batch = jax.jit(jax.vmap(lambda v: run(made("dcasgd", {**others, **v}, inject=False))))(values)
+    traced = compiled("dcasgd")[1]
+    for i, result in enumerate(batch):
+        assert_close(result, traced({**others, **{name: x[i] for name, x in values.items()}}))
 
 
-@pytest.mark.parametrize("power", [0.5, lambda t: 1 / (1 + t)], ids=["number", "schedule"])
-def test_injected_staleness_power(power):
-    tx = optax.inject_hyperparams(dc.scale_by_staleness)(power)
-    state = tx.init(PARAMS)
-    for t in range(3):
-        updates, state = tx.update(GRADS[t], state, PARAMS, staleness=STALENESS[t])
-        now = reference.at(power, t)
-        assert_close(updates, reference.scale_by_staleness(GRADS[t], STALENESS[t], now))
-
-
-def test_num_workers_injected_by_mistake_says_what_to_do():
-    tx = optax.inject_hyperparams(dc.dcasgd)(num_workers=3)
-    with pytest.raises(TypeError, match=r"num_workers.*static_args"):
-        tx.init(PARAMS)
+def test_remember_params_itself_can_be_injected_around_a_static_number_of_workers():
+    rule = optax.chain(dc.add_delay_compensation(0.8), optax.scale(-0.5))
+    inject = optax.inject_hyperparams(dc.remember_params, static_args=("inner", "num_workers"))
+    expected = jax.jit(lambda: run(dc.remember_params(rule, num_workers=NUM_WORKERS)))()
+    actual = jax.jit(lambda: run(inject(rule, num_workers=NUM_WORKERS)))()
+    assert_bit_equal(actual, expected)
 
 
 def test_a_scheduler_of_mxnet_beside_injected_numbers():
@@ -169,16 +150,9 @@ def test_a_scheduler_of_mxnet_beside_injected_numbers():
         def __call__(self, num_update):
             return self.base_lr / num_update
 
-    def train(make):
-        tx = make(0.1, momentum=0.5, lamda=2.0, lr_scheduler=Scheduler())
-        update, w = jax.jit(tx.update), jnp.array([1.0, -2.0])
-        state, trajectory = tx.init(w), []
-        for _ in range(3):
-            updates, state = update(jnp.cos(w), state, w)
-            w = w + updates
-            trajectory.append(w)
-        return trajectory
+    def trajectory(make):
+        return run(make(0.1, momentum=0.5, lamda=2.0, wd=0.1, lr_scheduler=Scheduler()))
 
     integers = ("begin_num_update", "version")
     injected = optax.inject_hyperparams(dc.mxnet.DCASGD, static_args=(*integers, "lr_scheduler"))
-    np.testing.assert_allclose(train(injected), train(dc.mxnet.DCASGD), rtol=1e-6)
+    assert_close(trajectory(injected), trajectory(dc.mxnet.DCASGD))

@@ -1,125 +1,59 @@
-"""The state of every transformation: as it starts, saved and restored, pickled, donated."""
+"""What the state of every transformation promises: it stays as it is, and it can be kept."""
 
 import functools
 import pickle
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 import reference
-from host_cases import (
-    GRADS,
-    MODES,
-    NUM_WORKERS,
-    PARAMS,
-    STEPS,
-    assert_close,
-    assert_same,
-    each_mode,
-    jitted_step,
-    make_step,
-    no_extras,
-    plain_run,
-    start,
-    worker,
-)
+from common import assert_bit_equal
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from transformation_cases import CASES, DISTINCT, GRADS, NUM_WORKERS, PARAMS, inputs, make_step
 
 import optax_dcasgd as dc
 
-# --- What a user may read in the state ---
-
-OLD_PARAMETERS = {"prev_params", "backups", "params", "master"}
-
-
-@each_mode
-def test_every_memory_of_parameters_starts_at_the_initial_ones(mode):
-    """As the caller of dcasgd may compute the first gradient at state.prev_params."""
-    tx, _, params, _ = start(mode)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tx.init(params)):
-        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        fields = [entry.name for entry in path if isinstance(entry, jax.tree_util.GetAttrKey)]
-        if fields[-1] in OLD_PARAMETERS:
-            param = functools.reduce(lambda tree, name: tree[name], names, params)
-            np.testing.assert_array_equal(leaf, jnp.broadcast_to(param, leaf.shape))
-        elif fields[-1] != "last_worker":  # NUM_WORKERS there: nobody yet
-            assert not np.any(leaf)
+STEPS = 4
+each_case = pytest.mark.parametrize("name", CASES)
 
 
-# --- Checkpoints ---
+@each_case
+def test_nothing_of_the_state_ever_changes_but_values(name):
+    params, grads, extras = inputs(name, 0)
+    tx = CASES[name].make()
+    state = tx.init(params)
+
+    def described(tree):
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves]
+
+    expected = described(state)
+    assert described(jax.eval_shape(tx.init, params)) == expected
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    assert described(jax.eval_shape(tx.init, abstract)) == expected
+    _, after = jax.eval_shape(make_step(tx), params, state, grads, extras)
+    assert described(after) == expected
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(make_step(tx), params, state, grads, extras)
 
 
-def save_and_restore(path, tree, target):
-    """What a new process would read, into a tree that has nothing but the right shapes."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, tree)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, target))
+# --- One compiled run ---
 
 
-@each_mode
-def test_orbax_resumes_to_the_same_bits(mode, tmp_path):
-    tx, extras, params, grads = start(mode)
-    state, half = tx.init(params), STEPS // 2
-    step = jitted_step(mode)
-    for t in range(half):
-        params, state = step(params, state, grads[t], extras(t))
+@functools.cache
+def compiled(name):
+    """The compiled step, which donates, and the number of times that it has been traced."""
+    step, traces = make_step(CASES[name].make()), []
 
-    other = jax.tree.map(lambda p: 2 * p + 1, params)
-    target = {"params": other, "state": tx.init(other)}
-    saved = {"params": params, "state": state}
-    restored = save_and_restore(tmp_path / "checkpoint", saved, target)
-    assert_same(restored, saved)
+    def counted(params, state, grads, extras):
+        traces.append(None)
+        return step(params, state, grads, extras)
 
-    params, state = restored["params"], restored["state"]
-    for t in range(half, STEPS):
-        params, state = step(params, state, grads[t], extras(t))
-    assert_same((params, state), plain_run(mode))
-
-
-@pytest.mark.parametrize("first", ["dcasgd", "fused_dcasgd"])
-def test_a_checkpoint_of_one_loads_in_the_other(first, tmp_path):
-    tx = dc.dcasgd(0.1, 0.9, 0.5, decay=0.9)
-    fused = dc.fused_dcasgd(0.1, 0.9, 0.5, decay=0.9)
-    steps = {
-        "dcasgd": make_step(tx),
-        "fused_dcasgd": lambda params, state, grads, extra_args: fused.step(grads, state, params),
-    }
-    second = ({*steps} - {first}).pop()
-    inits = {"dcasgd": tx.init, "fused_dcasgd": fused.init}
-
-    params, state = PARAMS, inits[first](PARAMS)
-    for t in range(3):
-        params, state = steps[first](params, state, GRADS[t], {})
-    saved = {"params": params, "state": state}
-    target = {"params": PARAMS, "state": inits[second](PARAMS)}
-    restored = save_and_restore(tmp_path / "checkpoint", saved, target)
-    assert_same(restored, saved)
-    params, state = restored["params"], restored["state"]
-    for t in range(3, STEPS):
-        params, state = steps[second](params, state, GRADS[t], {})
-
-    expected = reference.one_update_old(
-        lambda stale, t: GRADS[t], PARAMS, STEPS, lr=0.1, momentum=0.9, lamda=0.5, decay=0.9
-    )
-    assert_close(params, expected[-1])
-
-
-@each_mode
-def test_the_state_can_be_pickled(mode):
-    _, extras, params, grads = start(mode)
-    _, state = plain_run(mode)
-    restored = pickle.loads(pickle.dumps(state))
-    assert_same(restored, state)
-    step = jitted_step(mode)
-    assert_same(
-        step(params, restored, grads[0], extras(0)), step(params, state, grads[0], extras(0))
-    )
-
-
-# --- Donation ---
+    return jax.jit(counted, donate_argnums=(0, 1)), traces
 
 
 def buffers(tree):
@@ -133,70 +67,186 @@ def assert_no_shared_buffer(state, *others):
         assert not {*mine} & {*buffers(other)}
 
 
-@each_mode
-def test_the_state_shares_no_buffer_with_what_the_caller_holds(mode):
-    tx, extras, params, grads = start(mode)
-    assert_no_shared_buffer(jax.jit(tx.init)(params), params)
-    state = tx.init(params)
-    assert_no_shared_buffer(state, params)
-    for step in (make_step(tx), jitted_step(mode)):
-        for t in range(3):  # a delay of 2 is over only then
-            extra_args = extras(t)
-            after, state = step(params, state, grads[t], extra_args)
-            assert_no_shared_buffer(state, params, after, grads[t], extra_args.get("stale_params"))
-            params = after
-
-
-ORDERS = {"params-first": (0, 1), "state-first": (1, 0)}
+@pytest.mark.parametrize("name", DISTINCT)
+def test_a_run_is_compiled_once_and_reuses_every_buffer(name):
+    tx, (step, traces) = CASES[name].make(), compiled(name)
+    params, _, _ = inputs(name, 0)
+    for initial in (jax.jit(tx.init)(params), tx.init(params)):
+        assert_no_shared_buffer(initial, params)
+        after, state = jax.tree.map(jnp.array, params), initial
+        for t in range(3):
+            _, grads, extras = inputs(name, t)
+            old = jax.tree.leaves((after, state))
+            # Warnings are errors, and a donated buffer that XLA cannot use is a warning.
+            after, state = step(after, state, grads, extras)
+            assert all(leaf.is_deleted() for leaf in old)
+            assert_no_shared_buffer(state, after, grads, extras.get("stale_params"))
+    assert len(traces) == 1  # as workers, stalenesses and stale parameters change
 
 
 @pytest.mark.parametrize(
-    ("mode", "order"),
-    [(mode, "params-first") for mode in MODES]
-    + [(mode, "state-first") for mode in ("previous", "updates", "workers", "delay")],
+    "name", ["dcasgd-params", "dcasgd-updates", "dcasgd-workers", "delay_gradients"]
 )
-def test_a_donated_step_reuses_every_buffer(mode, order):
-    """Warnings are errors, so a donated buffer that XLA could not use would be one."""
-    tx, extras, params, grads = start(mode)
+def test_a_donated_step_may_return_the_state_first(name):
+    tx = CASES[name].make()
     step = make_step(tx)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def donated(params, state, grads, extra_args):
-        results = step(params, state, grads, extra_args)
-        return tuple(results[i] for i in ORDERS[order])
-
-    params = jax.tree.map(jnp.array, params)
-    state = tx.init(params)
-    for t in range(STEPS):
-        old = jax.tree.leaves((params, state))
-        results = donated(params, state, grads[t], extras(t))
-        params, state = (results[i] for i in ORDERS[order])
-        assert all(leaf.is_deleted() for leaf in old)
-    assert_close((params, state), plain_run(mode), rtol=1e-6)
-
-
-@pytest.mark.parametrize("store", ["params", "updates", "workers"])
-def test_a_donated_fused_step_reuses_every_buffer(store):
-    kept = {"num_workers": NUM_WORKERS} if store == "workers" else {"store": store}
-    extras = worker if store == "workers" else no_extras
-    optimizer = dc.fused_dcasgd(0.1, 0.9, 0.5, decay=0.9, **kept)
-    expected_tx = dc.dcasgd(0.1, 0.9, 0.5, decay=0.9, **kept)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def donated(params, state, grads, extra_args):
-        return optimizer.step(grads, state, params, **extra_args)
-
+    swapped = jax.jit(lambda *args: step(*args)[::-1], donate_argnums=(0, 1))
     params = jax.tree.map(jnp.array, PARAMS)
-    state = optimizer.init(params)
-    assert_no_shared_buffer(state, params)
-    expected, expected_state = PARAMS, expected_tx.init(PARAMS)
-    for t in range(STEPS):
+    state = tx.init(params)
+    for t in range(2):
+        _, grads, extras = inputs(name, t)
         old = jax.tree.leaves((params, state))
-        params, state = donated(params, state, GRADS[t], extras(t))
+        state, params = swapped(params, state, grads, extras)
         assert all(leaf.is_deleted() for leaf in old)
-        assert_no_shared_buffer(state, params)
-        updates, expected_state = expected_tx.update(
-            GRADS[t], expected_state, expected, **extras(t)
+
+
+SOME = [
+    "dcasgd-workers",
+    "mxnet-1",
+    "scheduled-staleness-given",
+    "gap-remembered",
+    "workers",
+    "delay_gradients-tree",
+    "with_master_weights",
+]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_outside_jit_no_buffer_is_shared_and_nothing_is_compiled_after_the_first_updates(
+    name, caplog
+):
+    """A Python number that is baked into an operation would compile it anew for every value."""
+    tx = CASES[name].make()
+    state = tx.init(inputs(name, 0)[0])
+    for t in range(6):
+        params, grads, extras = inputs(name, t)
+        with jax.log_compiles(t >= 4):  # every history is full
+            _, state = tx.update(grads, state, params, **extras)
+        assert_no_shared_buffer(state, params, grads, extras.get("stale_params"))
+    assert [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()] == []
+
+
+def test_compilations_are_logged(caplog):
+    """What the test above rests on."""
+    with jax.log_compiles(True):
+        jax.jit(lambda x: x + 1.2345)(jnp.ones(7))
+    assert any("ompil" in record.getMessage() for record in caplog.records)
+
+
+# --- As it starts ---
+
+MEMORIES = {"prev_params", "params", "master", "stale_params"}
+
+
+@each_case
+def test_every_memory_of_parameters_starts_at_the_initial_ones(name):
+    """As the caller of dcasgd may compute the first gradient at state.prev_params."""
+    params, _, _ = inputs(name, 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(CASES[name].make().init(params)):
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        field = [entry.name for entry in path if isinstance(entry, jax.tree_util.GetAttrKey)][-1]
+        if field in MEMORIES:
+            param = functools.reduce(lambda tree, key: tree[key], names, params)
+            np.testing.assert_array_equal(leaf, jnp.broadcast_to(param, leaf.shape))
+        elif field == "last_worker":  # nobody yet
+            assert leaf in (1, NUM_WORKERS)
+        else:
+            assert not np.any(leaf)
+
+
+@functools.cache
+def sharded_params(dtype):
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    shapes = {"matrix": ((4, 6), P("x", "y")), "scalar": ((), P()), "vector": ((8,), P(("x", "y")))}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for name, (shape, spec) in shapes.items()
+    }
+
+
+@each_case
+def test_a_state_of_abstract_parameters_is_sharded_as_they_are(name):
+    """Zeros where that is what the state starts with, as in Optax; else abstract arrays."""
+    case = CASES[name]
+    if name == "delay_gradients-tree":
+        case = case._replace(
+            make=lambda: dc.delay_gradients(
+                dc.dcasgd(0.1, 0.9, store=None), {"matrix": 2, "scalar": 1, "vector": 3}
+            )
         )
-        expected = optax.apply_updates(expected, updates)
-    assert_close((params, state), (expected, expected_state), rtol=1e-6)
+    params = sharded_params(jnp.bfloat16 if case.has_masters else jnp.complex64)
+    concrete = case.make().init(jax.tree.map(lambda p: jnp.ones(p.shape, p.dtype), params))
+    state = case.make().init(params)
+    chex.assert_trees_all_equal_structs(state, concrete)
+
+    def check(path, leaf, like):
+        assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
+        fields = [entry.name for entry in path if isinstance(entry, jax.tree_util.GetAttrKey)]
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        assert isinstance(leaf, jax.ShapeDtypeStruct) == (fields[-1] in MEMORIES)
+        if isinstance(leaf, jax.Array):
+            np.testing.assert_array_equal(leaf, like)
+        if names:
+            param = params[names[-1]]
+            spec = [None] * (leaf.ndim - param.ndim) + [
+                # An axis that a rule has summed over is left with one number.
+                axis if n == m else None
+                for axis, n, m in zip(
+                    param.sharding.spec,
+                    leaf.shape[leaf.ndim - param.ndim :],
+                    param.shape,
+                    strict=True,
+                )
+            ]
+            wanted = NamedSharding(param.sharding.mesh, P(*spec))
+            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (path, leaf.sharding)
+
+    jax.tree_util.tree_map_with_path(check, state, concrete)
+
+
+# --- Kept ---
+
+
+def save_and_restore(path, tree, target):
+    """What a new process would read, into a tree that has nothing but the right shapes."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, target))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_saved_or_pickled_state_resumes_to_the_same_bits(name, tmp_path):
+    tx, (step, _) = CASES[name].make(), compiled(name)
+    params = jax.tree.map(jnp.array, inputs(name, 0)[0])
+    state = tx.init(params)
+    for t in range(3):
+        params, state = step(params, state, *inputs(name, t)[1:])
+    saved = {"params": params, "state": state}
+    other = jax.tree.map(lambda p: 2 * p + 1, params)
+    target = {"params": other, "state": tx.init(other)}
+    restored = save_and_restore(tmp_path / "checkpoint", saved, target)
+    assert_bit_equal(restored, saved)
+    assert_bit_equal(pickle.loads(pickle.dumps(saved)), saved)
+    resumed = step(*restored.values(), *inputs(name, 3)[1:])
+    assert_bit_equal(resumed, step(params, state, *inputs(name, 3)[1:]))
+
+
+@pytest.mark.parametrize("first", ["dcasgd", "fused_dcasgd"])
+def test_a_checkpoint_of_one_loads_in_the_other(first, tmp_path):
+    tx = getattr(dc, first)(0.1, 0.9, 0.5, decay=0.9)
+    second = {"dcasgd": dc.fused_dcasgd, "fused_dcasgd": dc.dcasgd}[first](0.1, 0.9, 0.5, decay=0.9)
+    params, state, step = PARAMS, tx.init(PARAMS), jax.jit(make_step(tx))
+    for t in range(3):
+        params, state = step(params, state, GRADS[t], {})
+    saved = {"params": params, "state": state}
+    target = {"params": PARAMS, "state": second.init(PARAMS)}
+    params, state = save_and_restore(tmp_path / "checkpoint", saved, target).values()
+    step = jax.jit(make_step(second))
+    for t in range(3, 6):
+        params, state = step(params, state, GRADS[t], {})
+
+    expected = reference.one_update_old(
+        lambda stale, t: GRADS[t], PARAMS, 6, lr=0.1, momentum=0.9, lamda=0.5, decay=0.9
+    )
+    chex.assert_trees_all_close(reference.wide(params), expected[-1], rtol=1e-5, atol=1e-6)
