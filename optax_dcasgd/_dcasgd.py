@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _arguments, _trees, kernels
+from optax_dcasgd import _arguments, _checks, _trees, kernels
 from optax_dcasgd._arguments import ScalarOrSchedule
 from optax_dcasgd._hyperparameters import Hyperparameters, at_count
 from optax_dcasgd.kernels import Operands, Results
@@ -256,7 +256,7 @@ def _make(
     keeps_buffer = momentum is not None or store == "updates"
 
     def init_fn(params: optax.Params) -> DCASGDState:
-        _trees.check_params(params)
+        _checks.check_params(params)
 
         def zeros(*, real: bool) -> Any:
             return _trees.init_accumulator(params, accumulator_dtype, real=real)
@@ -280,14 +280,14 @@ def _make(
         **extra_args: Any,
     ) -> tuple[Any, DCASGDState]:
         del extra_args
-        _trees.check_updates(grads, params, "grads" if step else "updates")
-        _trees.check_mode(state, "prev_params", "store", store, kept=store == "params")
-        _trees.check_mode(state, "momentum", "momentum", momentum, kept=keeps_buffer)
-        _trees.check_mode(state, "nu", "decay", decay, kept=decay is not None)
-        _trees.check_state(params, state.momentum, state.nu)
-        _trees.check_state(params, state.prev_params, same_dtype=True)
+        _checks.check_updates(grads, params, "grads" if step else "updates")
+        _checks.check_mode(state, "prev_params", "store", store, kept=store == "params")
+        _checks.check_mode(state, "momentum", "momentum", momentum, kept=keeps_buffer)
+        _checks.check_mode(state, "nu", "decay", decay, kept=decay is not None)
+        _checks.check_state(params, state.momentum, state.nu)
+        _checks.check_state(params, state.prev_params, same_dtype=True)
         if stale_params is not None or store is None:
-            stale_params = _trees.check_stale_params(stale_params, params)
+            stale_params = _checks.check_stale_params(stale_params, params)
         elif worker is not None:
             raise ValueError(
                 f"worker was passed, but store={store!r} remembers one copy of the parameters, not "

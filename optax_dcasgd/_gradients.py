@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_dcasgd import _trees
+from optax_dcasgd import _checks
 
 # (params, batch, key) -> (loss, grads), such as jax.value_and_grad of a loss.
 GradFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
@@ -87,4 +87,4 @@ def check_returned(returned: Any, params: Any) -> None:
     loss, grads = returned
     if getattr(loss, "shape", None) != ():
         raise TypeError(f"grad_fn must return a scalar loss (no auxiliary output); got {loss!r}.")
-    _trees.align("grads", grads, params)
+    _checks.align("grads", grads, params)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _arguments, _trees
+from optax_dcasgd import _arguments, _checks, _trees
 
 
 class MasterWeightsState(NamedTuple):
@@ -68,7 +68,7 @@ def with_master_weights(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> MasterWeightsState:
-        _trees.check_params(params)
+        _checks.check_params(params)
         master = jax.tree.map(
             lambda p: _to_float32(p) if _is_narrow(p) else optax.MaskedNode(), params
         )
@@ -80,10 +80,10 @@ def with_master_weights(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, MasterWeightsState]:
-        _trees.check_updates(updates, params)
-        _trees.check_state(params, state.master)
+        _checks.check_updates(updates, params)
+        _checks.check_state(params, state.master)
         if extra_args.get("stale_params") is not None:
-            stale_params = _trees.align("stale_params", extra_args["stale_params"], params)
+            stale_params = _checks.align("stale_params", extra_args["stale_params"], params)
             extra_args["stale_params"] = _widen(stale_params)
         master = jax.tree.map(
             lambda p, m: _follow(m, p) if _is_narrow(p) else m, params, state.master

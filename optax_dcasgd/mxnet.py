@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _arguments, _trees
+from optax_dcasgd import _arguments, _checks, _trees
 from optax_dcasgd._arguments import ScalarOrSchedule
 from optax_dcasgd._dcasgd import dcasgd
 from optax_dcasgd._mixed_precision import with_master_weights
@@ -183,7 +183,7 @@ def _widen() -> optax.GradientTransformation:
     """Casts gradients to at least float32, in which the links of Optax then leave them."""
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        _trees.check_updates(updates, params)
+        _checks.check_updates(updates, params)
         return jax.tree.map(lambda g: jnp.asarray(g, _trees.compute_dtype(g)), updates)
 
     return optax.stateless(update)
@@ -191,7 +191,7 @@ def _widen() -> optax.GradientTransformation:
 
 def _add_decayed_weights(wd: Any, wd_mult: Any) -> optax.GradientTransformation:
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        _trees.check_updates(updates, params)
+        _checks.check_updates(updates, params)
 
         def leaf(grad: Any, param: Any, mult: Any) -> Any:
             if grad is None:
@@ -203,7 +203,7 @@ def _add_decayed_weights(wd: Any, wd_mult: Any) -> optax.GradientTransformation:
             rounded = _trees.dtype_of(grad) == _trees.dtype_of(param)
             return decayed.astype(_trees.dtype_of(param)) if rounded else decayed
 
-        mult = _trees.broadcast_prefix("wd_mult", 1.0 if wd_mult is None else wd_mult, updates)
+        mult = _checks.broadcast_prefix("wd_mult", 1.0 if wd_mult is None else wd_mult, updates)
         return jax.tree.map(leaf, updates, params, mult, is_leaf=_trees.is_none)
 
     return optax.stateless(update)
@@ -218,6 +218,6 @@ def _scale_by_tree(name: str, factors: Any) -> optax.GradientTransformation:
             product = jnp.asarray(update, dtype) * jnp.asarray(factor, dtype)
             return product.astype(_trees.dtype_of(update))
 
-        return jax.tree.map(leaf, updates, _trees.broadcast_prefix(name, factors, updates))
+        return jax.tree.map(leaf, updates, _checks.broadcast_prefix(name, factors, updates))
 
     return optax.stateless(update)

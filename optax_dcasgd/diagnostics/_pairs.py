@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_dcasgd import _arguments, _trees, simulation
+from optax_dcasgd import _arguments, _checks, _trees, simulation
 from optax_dcasgd._gradients import GradFn, batch_at, check_batches, check_grad_fn, row
 from optax_dcasgd.rules import add_delay_compensation
 from optax_dcasgd.simulation import Arrivals
@@ -75,7 +75,7 @@ def pairs(
             "params must be parameters stacked along a leading axis, of the same size in every "
             f"leaf; got leading axes {sorted(sizes)}."
         )
-    stale_params = _trees.align("stale_params", stale_params, params)
+    stale_params = _checks.align("stale_params", stale_params, params)
     num_pairs = jax.tree.leaves(params)[0].shape[0]
     check_batches(batches, num_pairs)
     check_grad_fn(grad_fn, row(params, 0), batches, key)

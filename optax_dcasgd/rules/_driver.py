@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _trees
+from optax_dcasgd import _checks, _trees
 from optax_dcasgd._hyperparameters import Hyperparameters, at_count, cast
 
 # (g, w − w_s or None where it is zero, ν or None, hyperparameters) -> (g̃, ν')
@@ -73,7 +73,7 @@ def transformation(
     """
 
     def init_fn(params: optax.Params) -> RuleState:
-        _trees.check_params(params)
+        _checks.check_params(params)
         nu = None
         if nu_like is not None:
             zeros = _trees.init_accumulator(params, accumulator_dtype, real=True)
@@ -89,15 +89,15 @@ def transformation(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RuleState]:
         del extra_args
-        _trees.check_updates(updates, params)
-        _trees.check_mode(state, "nu", "decay", hyperparams.get("decay"), kept=nu_like is not None)
+        _checks.check_updates(updates, params)
+        _checks.check_mode(state, "nu", "decay", hyperparams.get("decay"), kept=nu_like is not None)
         if nu_like is not None:
-            _trees.check_state(nu_like(params), state.nu)
+            _checks.check_state(nu_like(params), state.nu)
         updates, nu = apply(
             rule,
             updates,
             params,
-            _trees.check_stale_params(stale_params, params),
+            _checks.check_stale_params(stale_params, params),
             state.nu,
             at_count(hyperparams, state.count),
         )

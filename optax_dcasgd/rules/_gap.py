@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _arguments, _trees
+from optax_dcasgd import _arguments, _checks, _trees
 from optax_dcasgd._arguments import ScalarOrSchedule
 from optax_dcasgd._hyperparameters import Hyperparameters, at_count, cast
 from optax_dcasgd._mathematics import moving_average
@@ -77,7 +77,7 @@ def scale_by_gap(
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByGapState:
-        _trees.check_params(params)
+        _checks.check_params(params)
         return ScaleByGapState(
             count=jnp.zeros((), jnp.int32),
             nu=_trees.init_accumulator(params, accumulator_dtype, real=True),
@@ -94,10 +94,10 @@ def scale_by_gap(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByGapState]:
         del extra_args
-        _trees.check_updates(updates, params)
-        _trees.check_state(params, state.nu)
-        _trees.check_state(params, state.prev_params, same_dtype=True)
-        stale_params = _trees.check_stale_params(stale_params, params)
+        _checks.check_updates(updates, params)
+        _checks.check_state(params, state.nu)
+        _checks.check_state(params, state.prev_params, same_dtype=True)
+        stale_params = _checks.check_stale_params(stale_params, params)
         now = at_count(hyperparams, state.count)
         first = state.count == 0
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_dcasgd import _arguments, _trees
+from optax_dcasgd import _arguments, _checks
 from optax_dcasgd._arguments import ScalarOrSchedule
 from optax_dcasgd._hyperparameters import Hyperparameters
 from optax_dcasgd._mathematics import abs_squared, moving_average, scale
@@ -171,5 +171,5 @@ def _units(params: Any, unit_axes: Any) -> Any:
         return np.broadcast_to(np.False_, tuple(n if i in kept else 1 for i, n in enumerate(shape)))
 
     axes = None if callable(unit_axes) else unit_axes
-    trees = _trees.broadcast_prefix("unit_axes", axes, params, _is_axes)
+    trees = _checks.broadcast_prefix("unit_axes", axes, params, _is_axes)
     return jax.tree_util.tree_map_with_path(units, params, trees)

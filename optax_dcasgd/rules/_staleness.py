@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _arguments, _trees
+from optax_dcasgd import _arguments, _checks, _trees
 from optax_dcasgd._arguments import ScalarOrSchedule
 from optax_dcasgd._hyperparameters import as_dtype, at_count
 
@@ -84,7 +84,7 @@ def scale_by_staleness(power: ScalarOrSchedule = 1.0) -> optax.GradientTransform
             real = _trees.real_dtype(_trees.compute_dtype(update))
             return _divide(update, as_dtype(age, real), as_dtype(power_now, real))
 
-        ages = _trees.broadcast_prefix("staleness", staleness, updates)
+        ages = _checks.broadcast_prefix("staleness", staleness, updates)
         return jax.tree.map(scale, updates, ages), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_dcasgd import _arguments, _trees
+from optax_dcasgd import _arguments, _checks, _trees
 
 
 class DelayGradientsState(NamedTuple):
@@ -81,8 +81,8 @@ def delay_gradients(
         _arguments.check_integer(f"delay{jax.tree_util.keystr(path)}", leaf, minimum=0)
 
     def init_fn(params: optax.Params) -> DelayGradientsState:
-        _trees.check_params(params)
-        delays = _trees.broadcast_prefix("delay", delay, params)
+        _checks.check_params(params)
+        delays = _checks.broadcast_prefix("delay", delay, params)
         # No entry at all where there is no delay: orbax refuses to save arrays without elements.
         history = jax.tree.map(
             lambda p, age: _trees.stack_copies(p, age) if age else optax.MaskedNode(),
@@ -105,12 +105,12 @@ def delay_gradients(
         staleness: Any = 0,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DelayGradientsState]:
-        _trees.check_updates(updates, params)
+        _checks.check_updates(updates, params)
         computed_at = (
-            params if stale_params is None else _trees.align("stale_params", stale_params, params)
+            params if stale_params is None else _checks.align("stale_params", stale_params, params)
         )
-        delays = _trees.broadcast_prefix("delay", delay, params)
-        _trees.check_state(params, state.params, stacked=True)
+        delays = _checks.broadcast_prefix("delay", delay, params)
+        _checks.check_state(params, state.params, stacked=True)
         jax.tree_util.tree_map_with_path(_check_length, delays, state.params)
         if uniform and delay == 0:
             updates, inner_state = inner.update(
@@ -204,4 +204,4 @@ def _add_staleness(delay: Any, staleness: Any) -> Any:
         return jax.tree.map(lambda age: age + staleness, delay)
     if jax.tree_util.all_leaves([delay]):
         return jax.tree.map(lambda age: age + delay, staleness)
-    return jax.tree.map(jnp.add, delay, _trees.broadcast_prefix("staleness", staleness, delay))
+    return jax.tree.map(jnp.add, delay, _checks.broadcast_prefix("staleness", staleness, delay))

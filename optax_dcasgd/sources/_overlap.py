@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from optax_dcasgd import _arguments, _trees
+from optax_dcasgd import _arguments, _checks, _trees
 
 
 class OverlapReductionState(NamedTuple):
@@ -119,7 +119,7 @@ def overlap_reduction(
 
     def init_fn(params: optax.Params) -> OverlapReductionState:
         _check_axis(axis_name)
-        _trees.check_params(params)
+        _checks.check_params(params)
 
         def zeros(p: Any) -> Any:
             entry = _trees.zeros_like(p)[None]
@@ -151,13 +151,13 @@ def overlap_reduction(
         **extra_args: Any,
     ) -> tuple[optax.Updates, OverlapReductionState]:
         _check_axis(axis_name)
-        _trees.check_updates(updates, params)
-        _trees.check_state(params, state.grads, stacked=True)
-        _trees.check_state(params, state.stale_params, same_dtype=True)
+        _checks.check_updates(updates, params)
+        _checks.check_state(params, state.grads, stacked=True)
+        _checks.check_state(params, state.stale_params, same_dtype=True)
         kept_params = state.stale_params
         if stale_params is not None:
             extra_args["stale_params"] = kept_params
-            stale_params = _trees.align("stale_params", stale_params, params)
+            stale_params = _checks.align("stale_params", stale_params, params)
             kept_params = jax.tree_util.tree_map_with_path(keep_params, stale_params, kept_params)
 
         def keep(path: Any, grad: Any, param: Any, kept: Any) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_dcasgd import _arguments, _trees
+from optax_dcasgd import _arguments, _checks, _trees
 
 
 def pipeline_delays(params: Any, layers: Sequence[str | tuple[str, ...]], num_stages: int) -> Any:
@@ -129,7 +129,7 @@ def track_velocity(
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
 
     def init_fn(params: optax.Params) -> TrackVelocityState:
-        _trees.check_params(params)
+        _checks.check_params(params)
         return TrackVelocityState(_trees.init_accumulator(params, accumulator_dtype, real=False))
 
     def update_fn(
@@ -139,7 +139,7 @@ def track_velocity(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TrackVelocityState]:
         del params, extra_args
-        _trees.check_updates(updates, state.velocity)
+        _checks.check_updates(updates, state.velocity)
 
         def average(update: Any, velocity: Any) -> Any:
             if update is None:  # leaves the parameters below where they are: counts as zero
@@ -215,9 +215,9 @@ def predict_params(params: optax.Params, state: Any, steps: Any) -> optax.Params
     for path, leaf in jax.tree_util.tree_flatten_with_path(steps)[0]:
         name = f"steps{jax.tree_util.keystr(path)}"
         _arguments.check_scalar(name, leaf, minimum=0.0, schedule=False)
-    steps = _trees.broadcast_prefix("steps", steps, params)
+    steps = _checks.broadcast_prefix("steps", steps, params)
     velocity = found[0].velocity
-    _trees.check_state(params, velocity)
+    _checks.check_state(params, velocity, whole=True)
 
     def ahead(delta: Any, param: Any, s: Any) -> Any:
         if _trees.is_masked(delta) or (isinstance(s, int) and s == 0):

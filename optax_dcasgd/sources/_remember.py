@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_dcasgd import _arguments, _trees
+from optax_dcasgd import _arguments, _checks, _trees
 
 
 class RememberParamsState(NamedTuple):
@@ -76,7 +76,7 @@ def remember_params(
       >>> for worker in [0, 0, 1]:  # the gradient of worker 1 is two updates old
       ...   updates, state = tx.update(gradient(pulled[worker]), state, params, worker=worker)
       ...   params = pulled[worker] = optax.apply_updates(params, updates)
-      ...   print(params.round(3))
+      ...   print(round(float(params), 3))
       0.8
       0.64
       0.512
@@ -91,7 +91,7 @@ def remember_params(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> RememberParamsState:
-        _trees.check_params(params)
+        _checks.check_params(params)
         if num_workers is None:
             prev_params, last_worker, pulled_at = _trees.copy(params), None, None
         else:
@@ -111,9 +111,9 @@ def remember_params(
         worker: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RememberParamsState]:
-        _trees.check_updates(updates, params)
+        _checks.check_updates(updates, params)
         if stale_params is not None:
-            stale_params = _trees.align("stale_params", stale_params, params)
+            stale_params = _checks.align("stale_params", stale_params, params)
         elif num_workers is None and worker is not None:
             raise ValueError(
                 "worker was passed, but num_workers is None: one copy of the parameters is "
@@ -219,4 +219,4 @@ def _check_memory(params: Any, state: RememberParamsState, num_workers: int | No
             "was made with."
         )
     stacked = num_workers is not None
-    _trees.check_state(params, state.prev_params, stacked=stacked, same_dtype=True)
+    _checks.check_state(params, state.prev_params, stacked=stacked, same_dtype=True)
