@@ -9,8 +9,8 @@ The formula, elementwise (`reference.formula`; its compensation is `_mathematics
     w'   = w + mom'
     prev' = w
 
-w_s is what the caller knows (``stale``), or else prev, or else (``store="updates"``) w − w_s is
-mom. What each array costs, in bytes for a float32 parameter:
+w_s is ``stale`` where the caller passes it, else prev; with ``store="updates"``, w − w_s is mom.
+The memory traffic of each array, in bytes for a float32 parameter:
 
 ===================  ==========  =====================  ==================  ===========
                      read        written, in place of   ``store="params"``  "updates"
@@ -25,19 +25,19 @@ stale, if given      once                               4                   –
 
 That is 28 and 20 bytes without ν. (With ``stale``, prev is written and not read.)
 
-Who computes it, and why so:
+The implementations:
 
-* `reference`, in plain JAX, is what XLA gets. Its TPU compiler makes one pass of it, in place,
-  whatever the order of the results, so that a kernel could win nothing and `implementation=None`
-  is XLA. On a CPU XLA writes one array a pass; `reference.update` says how the copies are avoided.
-* `mosaic_tpu`: a block of each array at a time, all of the minor two dimensions that fit, as a TPU
-  lays them out in tiles and any other view would be a copy. The blocks of all operands share the
-  VMEM of the smallest chip, and are held twice, so that copies overlap with arithmetic.
-* `mosaic_gpu`: memory is linear there, so every array is one row of numbers. 16 bytes a thread and
-  load, straight to the registers, because no number is used twice; what is less than one block of
-  threads takes (1,024 numbers) is left to XLA, and so are 2³¹ numbers or more, as offsets are
+* `reference` is plain JAX, for XLA, and the default. XLA's TPU compiler makes one pass of it, in
+  place, whatever the order of the results: a kernel could win nothing. On a CPU, XLA writes one
+  array a pass; `reference.update` says how copies are avoided.
+* `mosaic_tpu` works on blocks of the two minor dimensions, which a TPU lays out in tiles: any other
+  view would be a copy. The blocks of all operands share the VMEM of the smallest chip. Each is held
+  twice, so that copies overlap with arithmetic.
+* `mosaic_gpu` works on every array as one row of numbers, as memory is linear there. It loads 16
+  bytes a thread straight into registers, because no number is used twice. XLA computes what is less
+  than a block of threads takes (1,024 numbers), and arrays of 2³¹ numbers or more, as offsets are
   32-bit integers.
-* `pallas` has the table of kernels, a row a platform, and says why where there is none.
+* `pallas` has the table of kernels, a row a platform. Where there is none, it says why.
 """
 
 import functools

@@ -52,7 +52,7 @@ class Book:
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """The reverse."""
+        """Goes on from what `to_save` returned."""
         self._again = dict.fromkeys(saved["again"])
         self._next_batch, self.num_refused = saved["next_batch"], saved["num_bad"]
 

@@ -112,7 +112,7 @@ class Driver:
                 self._workers[index] = self._worker_class.remote(*self._worker_args)
 
     def train(self, progress: bool) -> None:
-        """Until all updates are done."""
+        """Lets the server train until all updates are done."""
         self._version = self._ask("ready")
         bar = _bar(self._options.num_updates, self._version) if progress else None
         try:
@@ -203,7 +203,7 @@ class Driver:
         return version
 
     def result(self) -> Result:
-        """What `train` returns."""
+        """Makes what `train` returns."""
         params, state, rows, events = self._ask("result")
         for event in events:
             self._event(event)

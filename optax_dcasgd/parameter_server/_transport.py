@@ -21,7 +21,7 @@ class Layout:
     """The structure, shapes and dtypes of a tree, and how such trees are packed."""
 
     def __init__(self, tree: Any):
-        """Of a tree of arrays or of ``jax.ShapeDtypeStruct``."""
+        """Describes a tree of arrays or of ``jax.ShapeDtypeStruct``."""
         paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
         self.treedef: Any = treedef
         self.paths = [jax.tree_util.keystr(path) for path, _ in paths_and_leaves]
@@ -37,7 +37,7 @@ class Layout:
         self.is_small = self._ends[-1] <= _SMALL
 
     def cast(self, dtype: Any) -> "Layout":
-        """The same with another dtype for each real floating-point leaf that is wider."""
+        """Returns this layout, with that dtype for each real floating-point leaf that is wider."""
         if dtype is None:
             return self
 
@@ -49,7 +49,7 @@ class Layout:
         return Layout(self.treedef.unflatten(leaves))
 
     def difference(self, name: str, tree: Any) -> str | None:
-        """What of ``tree`` does not fit, naming the leaf; None if all does."""
+        """Says which leaf of ``tree`` does not fit, and how; None if the whole tree fits."""
         other = Layout(tree)
         if other.treedef != self.treedef:
             return (
@@ -76,7 +76,7 @@ class Layout:
         return bytes(message)
 
     def unpack(self, packed: Any) -> list[np.ndarray]:
-        """The leaves, as read-only views of what was packed."""
+        """Returns the leaves, as read-only views of what was packed."""
         if self.is_small:
             packed = [
                 np.frombuffer(packed, np.uint8, size, start) if size else np.empty(0, "u1")
@@ -88,7 +88,7 @@ class Layout:
         ]
 
     def unpack_stacked(self, messages: list[Any], size: int) -> list[np.ndarray]:
-        """The leaves of small trees, stacked to a leading axis of ``size``, with zeros behind."""
+        """Stacks the leaves of small trees along a leading axis, padded with zeros to ``size``."""
         whole = np.zeros((size, self._ends[-1]), np.uint8)
         for row, message in zip(whole, messages, strict=False):
             row[:] = np.frombuffer(message, np.uint8)
@@ -105,13 +105,13 @@ def _is_key(leaf: Any) -> bool:
 
 
 def to_raw(tree: Any) -> list[Any]:
-    """The leaves, random keys as their data."""
+    """Returns the leaves; of random keys, their data."""
     leaves = jax.tree.leaves(tree)
     return [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
 
 
 def from_raw(like: Any, leaves: list[Any]) -> Any:
-    """The reverse, for a tree of arrays or of ``jax.ShapeDtypeStruct``; values are copied."""
+    """Undoes `to_raw`, for a tree of arrays or ``jax.ShapeDtypeStruct``; copies the values."""
 
     def leaf(old: Any, new: Any) -> Any:
         if _is_key(old):

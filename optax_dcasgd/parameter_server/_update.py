@@ -31,7 +31,7 @@ class Gradient(NamedTuple):
 
 
 class Update:
-    """What the server does to the parameters.
+    """The parameters and the optimizer's state, and what the server does to them.
 
     On a CPU the parameters are updated in place, since a version that is sent out is a copy of its
     own (the message, or the object in Ray's store), and that copy is also what the workers' stale
@@ -97,7 +97,7 @@ class Update:
         self._compensation = jax.jit(compensation)
 
     def publish(self, number: int) -> Version:
-        """The current parameters, to be sent out."""
+        """Returns the current parameters, packed to be sent out."""
         packed = self._layout.pack(self.params_to_host())
         if isinstance(packed, bytes):
             return Version(number, packed, self._tree(self._layout.unpack(packed)))
@@ -108,7 +108,7 @@ class Update:
         return Version(number, message, self._tree(_put(leaves)))
 
     def apply(self, grads: list[Gradient]) -> None:
-        """One update after another.
+        """Applies gradients, one update after another.
 
         Small gradients go into one compiled loop, however many they are: the same program for one
         and for several, so that the result is the same to the bit.
@@ -132,7 +132,7 @@ class Update:
             )
 
     def apply_mean(self, grads: list[Gradient]) -> None:
-        """One update with their mean; all are of the current version."""
+        """Makes one update with the mean of gradients of the current version."""
         leaves = [self._arguments(gradient)[0] for gradient in grads]
         rest = (grads[0].version.params, np.int32(0), np.int32(0))
         self._params, self._state = self._apply_mean(self._params, self._state, leaves, *rest)
@@ -161,24 +161,24 @@ class Update:
         return self._layout.treedef.unflatten(leaves)
 
     def params_to_host(self) -> list[np.ndarray]:
-        """The leaves; on a CPU, only until the next update."""
+        """Returns the leaves of the parameters; on a CPU they are valid until the next update."""
         return [np.asarray(leaf) for leaf in jax.tree.leaves(self._params)]
 
     def state_to_host(self) -> list[np.ndarray]:
-        """The leaves, random keys as their data; on a CPU, only until the next update."""
+        """Returns the leaves of the state; on a CPU they are valid until the next update."""
         return [np.asarray(leaf) for leaf in to_raw(self._state)]
 
     def like(self) -> tuple[list[Any], list[Any]]:
-        """What `restore` takes, in shapes and dtypes."""
+        """Returns the shapes and dtypes that `restore` takes."""
         params, state = jax.eval_shape(lambda: (to_raw(self._params), to_raw(self._state)))
         return params, state
 
     def restore(self, params: list[np.ndarray], state: list[np.ndarray]) -> None:
-        """Puts values in, which are copied."""
+        """Replaces parameters and state by copies of these values."""
         self._params = from_raw(self._params, params)
         self._state = from_raw(self._state, state)
 
 
 def _put(leaves: list[Any]) -> list[Any]:
-    """To the device; without a copy where that is the host's memory."""
+    """Puts an array on the device; without a copy where that is the host's memory."""
     return [jax.device_put(leaf) for leaf in leaves]
