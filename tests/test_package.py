@@ -71,7 +71,7 @@ def test_every_public_name_is_documented_with_an_example():
 # --- Parts: each imports only from those in the rows above it ---
 
 LAYERS = [
-    ["_arguments", "_gradients", "_hyperparameters", "_mathematics", "_trees"],
+    ["_arguments", "_checks", "_gradients", "_hyperparameters", "_mathematics", "_trees"],
     ["kernels"],
     ["rules", "sources"],
     ["_dcasgd", "_mixed_precision", "mxnet"],
@@ -80,7 +80,8 @@ LAYERS = [
 ]
 LAYER = {part: i for i, parts in enumerate(LAYERS) for part in parts}
 SAME_LAYER = {  # what else is allowed
-    ("_gradients", "_trees"),
+    ("_checks", "_trees"),
+    ("_gradients", "_checks"),
     ("_mathematics", "_hyperparameters"),
     ("mxnet", "_dcasgd"),
     ("mxnet", "_mixed_precision"),
