@@ -15,7 +15,14 @@ EVERY = 3
 
 
 @pytest.mark.parametrize(
-    "name", ["dcasgd-updates", "dcasgd-given", "adaptive-remembered", "workers", "delay_gradients"]
+    "name",
+    [
+        "dcasgd-updates",
+        "dcasgd-given",
+        pytest.param("adaptive-remembered", marks=pytest.mark.slow),
+        pytest.param("workers", marks=pytest.mark.slow),
+        "delay_gradients",
+    ],
 )
 def test_multi_steps_is_the_optimizer_on_the_mean_gradient(name):
     """With the extra arguments of the last gradient; one that is not finite is dropped."""

@@ -52,6 +52,9 @@ def launch(num_processes, folder):
     return [dict(np.load(folder / f"{num_processes}-{i}.npz")) for i in range(num_processes)]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("processes")

@@ -49,6 +49,7 @@ def rows(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_a_small_run(small_run):
     out, _ = small_run
     for name in ("error_over_time_momentum_0.9.png", "stable_region_momentum_0.9.png"):
@@ -78,6 +79,7 @@ def test_a_small_run(small_run):
     assert "Staleness (ASGD against sequential SGD), test error: " in text
 
 
+@pytest.mark.slow
 def test_cells_are_plain_simulated_runs(script, problems, small_run):
     """One learning rate and seed of a cell, against `simulation.run` without vmap."""
     out, trainer = small_run
@@ -101,6 +103,7 @@ def test_cells_are_plain_simulated_runs(script, problems, small_run):
     assert not np.allclose(found["training_loss"][1], found["training_loss"][0])
 
 
+@pytest.mark.slow
 def test_synchronous_cells_count_pushes_and_wait(small_run):
     _, trainer = small_run
     (found,) = trainer(2, "SSGD", 0.9, [0.02])
@@ -112,6 +115,7 @@ def test_synchronous_cells_count_pushes_and_wait(small_run):
     np.testing.assert_allclose(found.seconds[0, -1], ready, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(script, small_run, tmp_path, monkeypatch, capsys):
     out, _ = small_run
     monkeypatch.setattr(script, "plot_all", lambda *args: None)

@@ -83,6 +83,7 @@ def test_overlapped_table_and_words(overlapped, tmp_path):
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_small_pipeline(pipeline, capsys, tmp_path, monkeypatch):
     sizes = {"WIDTH": 8, "HEADS": 1, "CONTEXT": 8, "BATCH": 4, "EVALUATE_EVERY": 10}
     for name, value in sizes.items():

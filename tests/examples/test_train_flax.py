@@ -23,6 +23,7 @@ def script():
         yield module
 
 
+@pytest.mark.slow
 def test_a_small_run(script, capsys, tmp_path):
     out = tmp_path / "new" / "folder"
     script.main([*SMALL, "--delay=3", f"--out={out}"])
