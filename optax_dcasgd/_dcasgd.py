@@ -158,7 +158,7 @@ def fused_dcasgd(
 
     The arguments, the state and its values are those of `dcasgd`, so a checkpoint of one loads in
     the other. The new parameters are ``w + m`` rounded once, where ``optax.apply_updates`` rounds
-    the update first: in float32 the same, in bfloat16 and float16 closer.
+    the update first: in float32 the same but for the last bit, in bfloat16 and float16 closer.
 
     Donate parameters and state, and return them in the order in which you take them, as in the
     example. (JAX pairs donated arguments with results of the same shape in order, and
