@@ -89,7 +89,7 @@ def dcasgd(
 
         On a mesh with Explicit axes the kernel runs on each shard. On one with Auto axes it has to
         be called inside ``jax.shard_map`` over all of them (on GPUs with ``check_vma=False``).
-        Under ``jax.vmap`` over states it runs once a member, one after another.
+        Under ``jax.vmap`` it runs once a member, one after another.
 
     All but ``store``, ``accumulator_dtype`` and ``implementation`` can be injected by
     ``optax.inject_hyperparams``; there, a dtype class has to be listed, as in

@@ -32,8 +32,9 @@ def add_delay_compensation(
     `delay_gradients`, ...) or from who calls ``update``. Where λ is zero, or :math:`w = w_s`, the
     gradient passes bit for bit (but for its dtype: it is rounded to that of its parameter).
 
-    The defaults are DC-ASGD-a that may not reverse a component: what was best of all settings
-    without tuning. The paper's DC-ASGD-c is ``decay=None, clip=None``, with a λ of its own.
+    The defaults are DC-ASGD-a that may not reverse a component, the setting of
+    ``examples/train_flax.py``. The paper's DC-ASGD-c is ``decay=None, clip=None``, with a λ of its
+    own.
 
     Args:
       lamda: :math:`\lambda_0 \ge 0`, a float or a schedule of this transformation's own count. The

@@ -22,7 +22,7 @@ def scale_by_staleness(power: ScalarOrSchedule = 1.0) -> optax.GradientTransform
 
     Args:
       power: :math:`p \ge 0`, a float or a schedule. 1 is the staleness-aware SGD of Zhang et al.; 0
-        changes nothing; PipeMare anneals it from 1 to 0 while the learning rate is warmed up.
+        changes nothing; PipeMare anneals it from 1 to 0 over the first updates.
 
     Returns:
       A transformation. ``update`` needs ``staleness``: a number, an array of shape (), or a prefix
