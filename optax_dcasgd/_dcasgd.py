@@ -9,7 +9,7 @@ import optax
 
 from optax_dcasgd import _arguments, _checks, _trees, kernels
 from optax_dcasgd._arguments import ScalarOrSchedule
-from optax_dcasgd._hyperparameters import Hyperparameters, at_count
+from optax_dcasgd._hyperparameters import at_count
 from optax_dcasgd.kernels import Operands, Results
 from optax_dcasgd.rules._compensation import check_compensation
 
@@ -125,10 +125,7 @@ def dcasgd(
       <https://arxiv.org/abs/1609.08326>`_, 2017.
     """
     init_fn, advance = _make(
-        _named(learning_rate, momentum, lamda, decay, eps, clip),
-        store,
-        accumulator_dtype,
-        implementation,
+        learning_rate, momentum, lamda, decay, eps, clip, store, accumulator_dtype, implementation
     )
 
     def update_fn(
@@ -156,9 +153,10 @@ def fused_dcasgd(
 ) -> FusedOptimizer:
     """`dcasgd` that returns the new parameters instead of the updates, from the same pass.
 
-    The arguments, the state and its values are those of `dcasgd`, so a checkpoint of one loads in
-    the other. The new parameters are ``w + m`` rounded once, where ``optax.apply_updates`` rounds
-    the update first: in float32 the same but for the last bit, in bfloat16 and float16 closer.
+    The arguments, the errors, the state and its values are those of `dcasgd`, so a checkpoint of
+    one loads in the other. The new parameters are ``w + m`` rounded once, where
+    ``optax.apply_updates`` rounds the update first: in float32 the same but for the last bit, in
+    bfloat16 and float16 closer.
 
     Donate parameters and state, and return them in the order in which you take them, as in the
     example. (JAX pairs donated arguments with results of the same shape in order, and
@@ -177,24 +175,8 @@ def fused_dcasgd(
                            on JAX 0.10                            ``decay``; else arrays are copied
     =====================  =====================================  ==================================
 
-    Args:
-      learning_rate: As in `dcasgd`.
-      momentum: As in `dcasgd`.
-      lamda: As in `dcasgd`.
-      decay: As in `dcasgd`.
-      eps: As in `dcasgd`.
-      clip: As in `dcasgd`.
-      store: As in `dcasgd`.
-      accumulator_dtype: As in `dcasgd`.
-      implementation: As in `dcasgd`.
-
     Returns:
       A `FusedOptimizer`; its ``step`` takes the extra arguments that ``update`` of `dcasgd` takes.
-
-    Raises:
-      ValueError: As `dcasgd`.
-      TypeError: As `dcasgd`.
-      NotImplementedError: As `dcasgd`.
 
     Examples:
       >>> import functools
@@ -212,10 +194,7 @@ def fused_dcasgd(
       [ 0.8 -1.6]
     """
     init_fn, advance = _make(
-        _named(learning_rate, momentum, lamda, decay, eps, clip),
-        store,
-        accumulator_dtype,
-        implementation,
+        learning_rate, momentum, lamda, decay, eps, clip, store, accumulator_dtype, implementation
     )
 
     def step_fn(
@@ -226,33 +205,26 @@ def fused_dcasgd(
     return FusedOptimizer(init_fn, step_fn)
 
 
-def _named(
-    learning_rate: Any, momentum: Any, lamda: Any, decay: Any, eps: Any, clip: Any
-) -> Hyperparameters:
-    return {
-        "learning_rate": learning_rate,
-        "momentum": momentum,
-        "lamda": lamda,
-        "decay": decay,
-        "eps": eps,
-        "clip": clip,
-    }
-
-
 def _make(
-    hyperparams: Hyperparameters,
+    learning_rate: Any,
+    momentum: Any,
+    lamda: Any,
+    decay: Any,
+    eps: Any,
+    clip: Any,
     store: str | None,
     accumulator_dtype: Any,
     implementation: str | None,
 ) -> tuple[Callable[[optax.Params], DCASGDState], Callable[..., tuple[Any, DCASGDState]]]:
     """Checks the arguments; returns ``init`` and what ``update`` and ``step`` have in common."""
-    momentum, decay = hyperparams["momentum"], hyperparams["decay"]
-    _arguments.check_scalar("learning_rate", hyperparams["learning_rate"])
+    _arguments.check_scalar("learning_rate", learning_rate)
     _arguments.check_scalar("momentum", momentum, minimum=0.0, below=1.0, optional=True)
-    check_compensation(*(hyperparams[name] for name in ("lamda", "decay", "eps", "clip")))
+    compensation = {"lamda": lamda, "decay": decay, "eps": eps, "clip": clip}
+    check_compensation(**compensation)
     _arguments.check_choice("store", store, ("params", "updates", None))
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
     kernels.check_implementation(implementation)
+    hyperparams = {"learning_rate": learning_rate, "momentum": momentum, **compensation}
     keeps_buffer = momentum is not None or store == "updates"
 
     def init_fn(params: optax.Params) -> DCASGDState:

@@ -7,8 +7,9 @@
 `run` trains in that order.
 """
 
-from optax_dcasgd.simulation._arrivals import Arrivals, arrivals
+from optax_dcasgd.simulation._arrivals import Arrivals
 from optax_dcasgd.simulation._compute_time import deterministic, exponential, lognormal
+from optax_dcasgd.simulation._events import arrivals
 from optax_dcasgd.simulation._run import History, Result, run
 
 __all__ = [

@@ -13,9 +13,10 @@ from jax.extend.core import get_opaque_trace_state
 
 from optax_dcasgd import _arguments, _trees
 from optax_dcasgd._gradients import GradFn, batch_at, check_batches, check_grad_fn, row
-from optax_dcasgd.simulation import _arrivals, _versions
+from optax_dcasgd.simulation import _arrivals, _steps
 from optax_dcasgd.simulation._arrivals import Arrivals
 from optax_dcasgd.simulation._progress import Bar
+from optax_dcasgd.simulation._steps import Step
 
 
 class History(NamedTuple):
@@ -160,7 +161,7 @@ def run(
     if mode == "async":
         slots_known = not isinstance(arrivals.staleness, jax.core.Tracer)
         num_slots = (
-            _versions.num_slots(np.asarray(arrivals.staleness, np.int64))
+            _steps.num_slots(np.asarray(arrivals.staleness, np.int64))
             if slots_known
             else num_workers
         )
@@ -172,7 +173,7 @@ def run(
                 t = jnp.asarray(arrivals.batch, jnp.int32)[t]
             return grad_fn(params, batch_at(batches, data, t), jax.random.fold_in(key, t))
 
-        def update(carry: _Carry, step: _Step) -> tuple[_Carry, jax.Array]:
+        def update(carry: _Carry, step: Step) -> tuple[_Carry, jax.Array]:
             params, state, versions, report_at = carry
             if bar is not None:
                 report_at = bar.step(step.t, report_at)
@@ -199,7 +200,7 @@ def run(
             return _Carry(params, state, versions, report_at), loss
 
         optimizer = optax.with_extra_args_support(tx)
-        steps, time, fits = _steps(arrivals, mode, num_workers, num_slots)
+        steps, time, fits = _steps.steps(arrivals, mode, num_workers, num_slots)
         carry = _Carry(
             params,
             optimizer.init(params),
@@ -242,42 +243,7 @@ class _Carry(NamedTuple):
     report_at: Any  # of the progress bar, or None
 
 
-class _Step(NamedTuple):
-    """What is known of one update before training; over all updates, with a leading axis."""
-
-    t: jax.Array
-    worker: jax.Array
-    staleness: jax.Array
-    read: Any = None  # slots, as in `_versions.Plan`
-    write: Any = None
-    takes_part: Any = None  # shape=(M,), bool: of which workers a round is the mean
-
-
-def _steps(
-    arrivals: Arrivals, mode: str, num_workers: int, num_slots: int
-) -> tuple[_Step, jax.Array, Any]:
-    """All steps, when each is done, and whether the slots suffice."""
-    worker, staleness = (jnp.asarray(x, jnp.int32) for x in (arrivals.worker, arrivals.staleness))
-    arrival = jnp.asarray(arrivals.time, float)
-    t = jnp.arange(worker.shape[0], dtype=jnp.int32)
-    if mode == "async":
-        plan = _versions.plan(staleness, num_slots)
-        return _Step(t, worker, staleness, plan.read, plan.write), arrival, plan.fits
-    if mode == "sequential":
-        # A push was computed since its version was made, or since the start.
-        pulled = jnp.concatenate([jnp.zeros(1, arrival.dtype), arrival])[t - staleness]
-        return _Step(t, jnp.zeros_like(t), jnp.zeros_like(t)), jnp.cumsum(arrival - pulled), True
-    t = t[: worker.shape[0] // num_workers]
-    rounds = _Step(t, jnp.zeros_like(t), jnp.zeros_like(t))
-    if arrivals.barrier is None:
-        return rounds, jnp.full(t.shape, jnp.nan, arrival.dtype), True
-    ready = jnp.asarray(arrivals.barrier, float)
-    takes_part = ready < jnp.inf
-    time = jnp.max(ready, axis=1, where=takes_part, initial=0.0)
-    return rounds._replace(takes_part=takes_part), time, True
-
-
-def _mean_gradient(gradient: Any, params: Any, step: _Step, num_workers: int) -> Any:
+def _mean_gradient(gradient: Any, params: Any, step: Step, num_workers: int) -> Any:
     """The mean loss and gradient of a round."""
     batches = step.t * num_workers + jnp.arange(num_workers, dtype=jnp.int32)
     of_workers = jax.vmap(gradient, (None, 0))(params, batches)
@@ -290,7 +256,7 @@ def _mean_gradient(gradient: Any, params: Any, step: _Step, num_workers: int) ->
     return jax.tree.map(mean, of_workers)
 
 
-def _scan(update: Any, carry: Any, steps: _Step, evaluate: Any, every: int | None) -> Any:
+def _scan(update: Any, carry: Any, steps: Step, evaluate: Any, every: int | None) -> Any:
     """Scans over the steps, in blocks with an evaluation after each.
 
     Blocks and not a condition in the loop: under vmap that would be evaluated at every step.
@@ -300,7 +266,7 @@ def _scan(update: Any, carry: Any, steps: _Step, evaluate: Any, every: int | Non
     num_updates = steps.t.shape[0]
     every = min(num_updates, every or num_updates)
 
-    def block(carry: Any, steps: _Step) -> Any:
+    def block(carry: Any, steps: Step) -> Any:
         carry, loss = lax.scan(update, carry, steps)
         return carry, (loss, evaluate(carry.params))
 

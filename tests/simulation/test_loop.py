@@ -14,7 +14,7 @@ import simulation_cases as cases
 from simulation_cases import BATCHES, LEARNING_RATE, NUM_UPDATES, PARAMS
 
 from optax_dcasgd import add_delay_compensation, simulation
-from optax_dcasgd.simulation import Arrivals, _progress, _versions
+from optax_dcasgd.simulation import Arrivals, _progress, _steps
 
 KEY = jax.random.key(0)
 TX = optax.chain(add_delay_compensation(), optax.sgd(LEARNING_RATE))
@@ -109,7 +109,7 @@ def test_traced_arrivals_that_need_more_versions_than_workers_are_not_trained_wr
 
 
 def test_as_few_versions_as_the_arrivals_need():
-    rng, plan = np.random.default_rng(0), jax.jit(_versions.plan, static_argnums=1)
+    rng, plan = np.random.default_rng(0), jax.jit(_steps.plan_slots, static_argnums=1)
     for _ in range(100):
         staleness = np.array([rng.integers(t + 1) for t in range(8)])
         version = np.arange(staleness.size) - staleness
@@ -117,14 +117,14 @@ def test_as_few_versions_as_the_arrivals_need():
         kept = [
             len({v for v in version[t + 1 :] if v <= t} | {t + 1}) for t in range(staleness.size)
         ]
-        slots = _versions.num_slots(staleness)
+        slots = _steps.num_slots(staleness)
         assert slots == max(kept)
         assert plan(staleness, slots).fits
         if slots > 1:
             assert not plan(staleness, slots - 1).fits
     for num_workers in [1, 2, 8]:  # that take turns
         staleness = np.minimum(np.arange(100), num_workers - 1)
-        assert _versions.num_slots(staleness) == num_workers
+        assert _steps.num_slots(staleness) == num_workers
 
 
 def test_the_versions_are_updated_in_place():

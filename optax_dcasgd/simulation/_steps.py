@@ -1,4 +1,4 @@
-"""Where old versions of the parameters are kept: as few copies as the arrivals need.
+"""What is known of every update before training: whose it is, how old, and where to find w_s.
 
 Version v is the parameters after v updates. Push t reads version ``t - staleness[t]`` and then
 makes version t + 1. A version stays in its slot until its last reader has pushed. Where every
@@ -7,12 +7,49 @@ workers hold the same version. A worker that joins, or that pulls before it push
 case.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from optax_dcasgd.simulation._arrivals import Arrivals
+
+
+class Step(NamedTuple):
+    """What is known of one update before training; over all updates, with a leading axis."""
+
+    t: jax.Array
+    worker: jax.Array
+    staleness: jax.Array
+    read: Any = None  # slots, as in `Plan`
+    write: Any = None
+    takes_part: Any = None  # shape=(M,), bool: of which workers a round is the mean
+
+
+def steps(
+    arrivals: Arrivals, mode: str, num_workers: int, num_slots: int
+) -> tuple[Step, jax.Array, Any]:
+    """All steps, when each is done, and whether the slots suffice."""
+    worker, staleness = (jnp.asarray(x, jnp.int32) for x in (arrivals.worker, arrivals.staleness))
+    arrival = jnp.asarray(arrivals.time, float)
+    t = jnp.arange(worker.shape[0], dtype=jnp.int32)
+    if mode == "async":
+        plan = plan_slots(staleness, num_slots)
+        return Step(t, worker, staleness, plan.read, plan.write), arrival, plan.fits
+    if mode == "sequential":
+        # A push was computed since its version was made, or since the start.
+        pulled = jnp.concatenate([jnp.zeros(1, arrival.dtype), arrival])[t - staleness]
+        return Step(t, jnp.zeros_like(t), jnp.zeros_like(t)), jnp.cumsum(arrival - pulled), True
+    t = t[: worker.shape[0] // num_workers]
+    rounds = Step(t, jnp.zeros_like(t), jnp.zeros_like(t))
+    if arrivals.barrier is None:
+        return rounds, jnp.full(t.shape, jnp.nan, arrival.dtype), True
+    ready = jnp.asarray(arrivals.barrier, float)
+    takes_part = ready < jnp.inf
+    time = jnp.max(ready, axis=1, where=takes_part, initial=0.0)
+    return rounds._replace(takes_part=takes_part), time, True
 
 
 class Plan(NamedTuple):
@@ -33,7 +70,7 @@ def num_slots(staleness: np.ndarray) -> int:
     return int(np.max(t + 2 - dropped))
 
 
-def plan(staleness: jax.Array, num_slots: int) -> Plan:
+def plan_slots(staleness: jax.Array, num_slots: int) -> Plan:
     """Assigns slots; the initial parameters are in slot 0."""
     num_updates = staleness.shape[0]
     t = jnp.arange(num_updates, dtype=jnp.int32)
