@@ -27,16 +27,9 @@ def check_scalar(
     optional: bool = False,
     schedule: bool = True,
 ) -> None:
-    """Checks a hyperparameter: a finite real scalar in the given range, or a schedule.
+    """Checks a hyperparameter: a finite number, at least ``minimum``, ``above`` and ``below``.
 
-    Args:
-      name: The argument's name, for the message.
-      value: What the user passed.
-      minimum: The smallest legal value.
-      above: All legal values are larger than this.
-      below: All legal values are smaller than this.
-      optional: Whether ``None`` is legal.
-      schedule: Whether a function of the update count is legal.
+    ``None`` passes if it is ``optional``, and a function of the update count if ``schedule``.
 
     Raises:
       TypeError: If the value is no real scalar and no schedule.
@@ -69,11 +62,6 @@ def check_scalar(
 
 def check_integer(name: str, value: Any, *, minimum: float = -math.inf) -> None:
     """Checks a number that shapes the state, so that it has to be a Python integer.
-
-    Args:
-      name: The argument's name, for the message.
-      value: What the user passed.
-      minimum: The smallest legal value.
 
     Raises:
       TypeError: If it is not a Python or NumPy integer.

@@ -19,12 +19,10 @@ def row(tree: Any, index: Any) -> Any:
 
 
 def batch_at(batches: Any, data: Any, index: Any) -> Any:
-    """Batch ``index``.
+    """Batch ``index``, an int32 scalar: ``batches(index)``, or row ``index`` of the arrays.
 
-    Args:
-      batches: A function from the index to a batch; or a tree of arrays, one batch a row.
-      data: The arrays as the surrounding trace holds them; None where ``batches`` is a function.
-      index: An int32 scalar. Past the last row it starts again with the first.
+    ``data`` are the arrays as the surrounding trace holds them; None where ``batches`` is a
+    function. Past the last row it starts again with the first.
     """
     if callable(batches):
         return batches(index)
@@ -32,11 +30,7 @@ def batch_at(batches: Any, data: Any, index: Any) -> Any:
 
 
 def check_batches(batches: Any, num_batches: int | None) -> None:
-    """Checks that every leaf has a leading axis of one size; a function passes.
-
-    Args:
-      batches: As for `batch_at`.
-      num_batches: That size, or None where any will do.
+    """Checks that every leaf has a leading axis of this one size, or of any; a function passes.
 
     Raises:
       ValueError: Names the leaf with another leading axis.
@@ -70,11 +64,7 @@ def check_grad_fn(grad_fn: GradFn, params: Any, batches: Any, key: Any) -> None:
 
 
 def check_returned(returned: Any, params: Any) -> None:
-    """Checks that ``grad_fn`` returned a scalar loss and a gradient like ``params``.
-
-    Args:
-      returned: What it returned, or the shapes of that.
-      params: The parameters.
+    """Checks that ``grad_fn`` returned a scalar loss and a gradient like ``params``, or shapes.
 
     Raises:
       TypeError: If it is no pair, or the loss no scalar.

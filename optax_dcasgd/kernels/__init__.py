@@ -30,13 +30,8 @@ The implementations:
 * `reference` is plain JAX, for XLA, and the default. XLA's TPU compiler makes one pass of it, in
   place, whatever the order of the results: a kernel could win nothing. On a CPU, XLA writes one
   array a pass; `reference.update` says how copies are avoided.
-* `mosaic_tpu` works on blocks of the two minor dimensions, which a TPU lays out in tiles: any other
-  view would be a copy. The blocks of all operands share the VMEM of the smallest chip. Each is held
-  twice, so that copies overlap with arithmetic.
-* `mosaic_gpu` works on every array as one row of numbers, as memory is linear there. It loads 16
-  bytes a thread straight into registers, because no number is used twice. XLA computes what is less
-  than a block of threads takes (1,024 numbers), and arrays of 2³¹ numbers or more, as offsets are
-  32-bit integers.
+* `mosaic_tpu` is a Pallas kernel on blocks of the two minor dimensions.
+* `mosaic_gpu` is one on every array as a row of numbers.
 * `pallas` has the table of kernels, a row a platform. Where there is none, it says why.
 """
 

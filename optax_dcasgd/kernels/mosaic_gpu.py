@@ -3,7 +3,8 @@
 Memory is linear there, so any shape is one row of numbers. A block of 128 threads reads its piece
 of each array straight into registers, four numbers a thread and load, computes
 `reference.formula` and writes each result over the array it replaces: nothing is used twice, so
-shared memory would only be in the way. Less than one piece is left to XLA.
+shared memory would only be in the way. XLA computes what is less than one piece, and arrays of 2³¹
+numbers or more.
 """
 
 from typing import Any
@@ -33,14 +34,7 @@ def update(
 ) -> Results:
     """`reference.update` in one kernel; float32, bfloat16 and float16 arrays of any shape.
 
-    What is smaller than one piece, or has 2³¹ numbers or more, is left to XLA whole.
-
-    Args:
-      operands: As for `reference.update`.
-      count: As for `reference.update`.
-      numbers: As for `reference.update`, float32.
-      step: As for `reference.update`.
-      interpret: What `pl.kernel` takes, to run without a GPU.
+    ``interpret`` is what `pl.kernel` takes, to run without a GPU.
     """
     param = operands.param
     pieces, rest = divmod(param.size, PIECE)

@@ -34,12 +34,7 @@ def update(
 ) -> Results:
     """`reference.update` in one kernel; float32 and bfloat16 arrays of any shape.
 
-    Args:
-      operands: As for `reference.update`.
-      count: As for `reference.update`.
-      numbers: As for `reference.update`, float32.
-      step: As for `reference.update`.
-      interpret: What `pl.pallas_call` takes, to run without a TPU.
+    ``interpret`` is what `pl.pallas_call` takes, to run without a TPU.
     """
     param = operands.param
     if not param.size:

@@ -114,18 +114,10 @@ def apply(
     nu: Any,
     hyperparams: Hyperparameters,
 ) -> tuple[Any, Any]:
-    """Applies a rule to every parameter that has a gradient.
-
-    Args:
-      rule: As for `transformation`.
-      updates: The gradients.
-      params: w.
-      stale_params: w_s.
-      nu: ν, a tree like ``params``, or None.
-      hyperparams: Those of this update: numbers or None.
+    """Applies a rule to every parameter that has a gradient, with the numbers of this update.
 
     Returns:
-      The updates, in the dtypes of the parameters, and ν' in that of ν.
+      The updates, in the dtypes of the parameters, and ν' in that of ν (None without).
     """
     numbers = functools.cache(lambda dtype: cast(hyperparams, dtype))  # once, and not once a leaf
 
