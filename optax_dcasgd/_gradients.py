@@ -64,7 +64,7 @@ def check_grad_fn(grad_fn: GradFn, params: Any, batches: Any, key: Any) -> None:
 
 
 def check_returned(returned: Any, params: Any) -> None:
-    """Checks that ``grad_fn`` returned a scalar loss and a gradient like ``params``, or shapes.
+    """Checks what ``grad_fn`` returned, or the shapes of it: a scalar loss, grads like ``params``.
 
     Raises:
       TypeError: If it is no pair, or the loss no scalar.
