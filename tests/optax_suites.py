@@ -3,18 +3,18 @@
 Optax's wheel contains its test modules. Which optimizers they test is fixed by decorators while
 the module is being imported, so the modules are imported here once more, privately, with decorators
 that put other optimizers into the place of Optax's. Nothing of Optax is copied or changed: its own
-modules, if they are imported anywhere else, are not the ones made here.
+modules, if they are imported anywhere else, are not the ones made here. Tests that are given no
+optimizer are left out: all they can show is whether Optax works.
 """
 
 import contextlib
 import importlib.util
 import itertools
 import os
-import sys
 import types
 import unittest
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -31,20 +31,11 @@ MODULES = {
 
 
 class Variant(NamedTuple):
-    """An optimizer under test.
+    """An optimizer under test."""
 
-    Attributes:
-      name: Part of the names of its test cases. Not the name of any optimizer in Optax, since the
-        suites make exceptions for some of those.
-      factory: What makes the optimizer.
-      kwargs: The hyperparameters that the suites give to the factory.
-      twin: Makes, from the same `kwargs`, the optimizer of Optax that this one extends.
-    """
-
-    name: str
+    name: str  # not that of an optimizer in Optax, as the suites make exceptions for some of those
     factory: Callable[..., optax.GradientTransformation]
-    kwargs: Mapping[str, Any]
-    twin: Callable[..., optax.GradientTransformation]
+    kwargs: Mapping[str, Any]  # the hyperparameters that the suites give to the factory
 
 
 class Case(NamedTuple):
@@ -65,99 +56,43 @@ class Case(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """A test class of Optax's that runs on our variants.
-
-    Attributes:
-      test_class: The class, for pytest to collect.
-      cases: What the class should contain.
-      left_out: The cases that `keep` refused.
-      other_tests: Tests of the class that are not about the optimizers it is given. They are not
-        in `test_class`, because all they can show is whether Optax works.
-      other_classes: The same for whole classes of the module.
-    """
+    """A test class of Optax's for pytest to collect, and what it should contain."""
 
     test_class: type[unittest.TestCase]
     cases: list[Case]
-    left_out: list[Case]
-    other_tests: set[str]
-    other_classes: set[str]
-
-
-class UnexpectedSkipError(AssertionError):
-    """A test was skipped where Optax has no reason to skip it."""
-
-
-class _SkipIsFailure:
-    """Hands everything on to a test result, but a skip as a failure.
-
-    Wherever the skip comes from: raised in a test or in one of its subtests, or set by a decorator.
-    """
-
-    def __init__(self, result):
-        self._result = result
-
-    def __getattr__(self, name):
-        return getattr(self._result, name)
-
-    def addSkip(self, test, reason):
-        try:
-            raise UnexpectedSkipError(f"skipped: {reason}")
-        except UnexpectedSkipError:
-            if isinstance(test, unittest.case._SubTest):
-                self._result.addSubTest(test.test_case, test, sys.exc_info())
-            else:
-                self._result.addFailure(test, sys.exc_info())
 
 
 class _NoSkips(parameterized.TestCase):
-    def run(self, result=None):
-        return super().run(_SkipIsFailure(self.defaultTestResult() if result is None else result))
-
-
-class _Version(str):
-    """A version that compares by its numbers."""
-
-    def _numbers(self, version):
-        return tuple(int(part) for part in version.split(".") if part.isdecimal())
-
-    def __lt__(self, other):
-        return self._numbers(self) < self._numbers(other)
+    def skipTest(self, reason):
+        self.fail(f"skipped: {reason}")
 
 
 class _Jax(types.ModuleType):
-    """JAX, but with a version that can be compared.
+    """JAX of a version that is above all others: as strings, '0.10.2' is below '0.7.2'."""
 
-    The sharding suite skips where `jax.__version__ < '0.7.2'`, and as a string '0.10.2' is less.
-    """
-
-    __version__ = _Version(jax.__version__)
+    __version__ = "1"
 
     def __getattr__(self, name):
         return getattr(jax, name)
 
 
-def _label(value: Any) -> str:
+def _label(value):
     """The part of a case's name that stands for the value of one parameter."""
-    text = getattr(value, "__name__", None) or str(value)
-    return text.removeprefix("_setup_")
+    return (getattr(value, "__name__", None) or str(value)).removeprefix("_setup_")
 
 
 class _Decorators:
     """What stands in for `absl.testing.parameterized` while a suite is imported."""
 
-    def __init__(self, class_name: str, variants: Sequence[Variant], keep: Callable[[Case], bool]):
-        self._class_name = class_name
-        self._variants = variants
-        self._keep = keep
+    def __init__(self, class_name, variants, keep):
+        self._class_name, self._variants, self._keep = class_name, variants, keep
         self._named_parameters = parameterized.named_parameters
-        self.cases: list[Case] = []
-        self.left_out: list[Case] = []
-        self.other_tests: set[str] = set()
+        self.cases = []
 
     def product(self, *sequences, **grid):
         """Optax's parameters are (optimizers, one=(...), another=(...))."""
         if not any("opt_name" in keys for sequence in sequences for keys in sequence):
-            return self._not_about_optimizers
+            return lambda test: None
         (optimizers,) = sequences
         names = [name if isinstance(values[0], bool) else "" for name, values in grid.items()]
 
@@ -166,9 +101,7 @@ class _Decorators:
             given = dict.fromkeys(optimizers[0], None)
             given |= {"opt_name": variant.name, "opt_kwargs": dict(variant.kwargs)}
             for values in itertools.product(*grid.values()):
-                labels = [
-                    f"{name}{_label(value)}" for name, value in zip(names, values, strict=True)
-                ]
+                labels = [f"{name}{_label(x)}" for name, x in zip(names, values, strict=True)]
                 yield labels, given | dict(zip(grid, values, strict=True))
 
         return lambda test: self._decorate(test, parameters)
@@ -176,7 +109,7 @@ class _Decorators:
     def named_parameters(self, *cases):
         """Optax's parameters are either one list of optimizers, or several single cases."""
         if len(cases) != 1:
-            return self._not_about_optimizers
+            return lambda test: None
         (first, *_) = cases[0]
 
         def parameters(variant):
@@ -192,25 +125,17 @@ class _Decorators:
         kept = []
         for variant in self._variants:
             for labels, values in parameters(variant):
-                name = "_".join([variant.name, *labels])
                 case = Case(self._class_name, test.__name__, variant.name, "_".join(labels))
-                if not self._keep(case):
-                    self.left_out.append(case)
-                    continue
-                self.cases.append(case)
-                if isinstance(values, dict):
-                    kept.append({"testcase_name": name} | values)
-                else:
-                    kept.append((name, *values))
+                if self._keep(case):
+                    self.cases.append(case)
+                    name = "_".join([variant.name, *labels])
+                    as_dict = isinstance(values, dict)
+                    kept.append({"testcase_name": name} | values if as_dict else (name, *values))
         return self._named_parameters(*kept)(test) if kept else None
-
-    def _not_about_optimizers(self, test):
-        if test.__qualname__.startswith(f"{self._class_name}."):
-            self.other_tests.add(test.__name__)
 
 
 @contextlib.contextmanager
-def _import_shims(decorators: _Decorators) -> Iterator[None]:
+def _import_shims(decorators):
     with (
         mock.patch.object(parameterized, "product", decorators.product),
         mock.patch.object(parameterized, "named_parameters", decorators.named_parameters),
@@ -223,20 +148,13 @@ def _import_shims(decorators: _Decorators) -> Iterator[None]:
         yield
 
 
-def load(
-    class_name: str,
-    variants: Sequence[Variant],
-    keep: Callable[[Case], bool] = lambda case: True,
-) -> Suite:
+def load(class_name, variants, keep=lambda case: True) -> Suite:
     """Makes one of Optax's test classes with `variants` in the place of Optax's optimizers.
 
     Args:
       class_name: A key of `MODULES`.
       variants: The optimizers to test.
       keep: Whether a case is to be in the class.
-
-    Returns:
-      The class, and what is in it.
     """
     spec = importlib.util.find_spec(MODULES[class_name])
     # The module's own name would make it a second owner of what belongs to Optax's module.
@@ -253,21 +171,8 @@ def load(
         if hasattr(module, namespace):
             setattr(module, namespace, types.SimpleNamespace(**factories))
     module.jax = _Jax("jax")
-
-    original = getattr(module, class_name)
-    test_class = type(class_name, (_NoSkips, original), {"__module__": module.__name__})
-    classes = {
-        name
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, unittest.TestCase)
-    }
-    return Suite(
-        test_class,
-        decorators.cases,
-        decorators.left_out,
-        decorators.other_tests,
-        classes - {class_name},
-    )
+    bases = (_NoSkips, getattr(module, class_name))
+    return Suite(type(class_name, bases, {"__module__": module.__name__}), decorators.cases)
 
 
 def run_case(suite: Suite, case: Case) -> list[str]:
