@@ -1,12 +1,14 @@
-"""Arbitrary trees, dtypes, data and hyperparameters for the property tests."""
+"""Arbitrary trees, dtypes, data and hyperparameters, and how exact results have to be."""
 
 from typing import Any, NamedTuple
 
+import chex
 import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import reference
 from hypothesis import strategies as st
 
 
@@ -150,6 +152,50 @@ def leaves_of(tree, updates):
     return leaves
 
 
+# Comparisons ------------------------------------------------------------------------------------
+
+
+def unit_roundoff(dtype):
+    """Half its `eps`: one operation is off by at most so much of its result."""
+    return float(jnp.finfo(dtype).eps) / 2
+
+
+def check(actual, expected, terms, rounded=0.0):
+    """``actual`` is off by its own rounding, and by 40 roundings of the arithmetic on ``terms``.
+
+    No formula here takes 40 operations. They are counted relative to the terms that are added,
+    because terms of opposite sign may cancel. The arithmetic is in float32 at least. ``rounded`` is
+    what has been rounded to the dtype of the result before.
+    """
+    compute = unit_roundoff(jnp.promote_types(jnp.float32, actual.dtype))
+    # float16 has subnormal numbers here; in the other dtypes all values used are normal.
+    allowed = 2.0**-24 if actual.dtype == jnp.float16 else 0.0
+    allowed += 1.02 * unit_roundoff(actual.dtype) * (np.abs(expected) + np.abs(rounded))
+    allowed += 40 * compute * terms
+    off = np.abs(reference.wide(actual) - expected)
+    assert np.all(off <= allowed), f"off by {off}, allowed {allowed}: {actual}"
+
+
+def signature(tree):
+    """Everything by which jit tells two trees apart."""
+    return jax.tree.structure(tree), [
+        (x.shape, x.dtype, x.weak_type, type(x)) for x in jax.tree.leaves(tree)
+    ]
+
+
+def initialise(tx, params):
+    """``tx.init``, which owes its users to copy, and to say in advance what it will return."""
+    state = tx.init(params)
+    assert not buffers(state) & buffers(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), state)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+    return state
+
+
+def buffers(tree):
+    return {x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree) if x.size}
+
+
 # Hyperparameters --------------------------------------------------------------------------------
 
 
@@ -158,19 +204,17 @@ def around(low, high):
     return st.floats(max(2.0**-10, low), high)
 
 
-LR = st.sampled_from([0.1, 1.0, 0.01]) | around(0, 1)
-MOMENTUM = st.sampled_from([0.9, 0.0, 0.5]) | around(0, 0.95)
-LAMDA = st.sampled_from([0.04, 2.0, 0.0, 1.0]) | around(0, 4)
-DECAY = st.sampled_from([0.95, 0.0, 0.5, 0.99]) | around(0, 0.95)
-EPS = st.sampled_from([1e-7, 1e-3, 1.0])
-CLIP = st.sampled_from([0.0, 1.0, 0.1]) | around(0, 2)
 COMPENSATION = {
-    "lamda": LAMDA,
-    "decay": st.none() | DECAY,
-    "eps": EPS,
-    "clip": st.none() | CLIP,
+    "lamda": st.sampled_from([0.04, 2.0, 0.0, 1.0]) | around(0, 4),
+    "decay": st.none() | st.sampled_from([0.95, 0.0, 0.5, 0.99]) | around(0, 0.95),
+    "eps": st.sampled_from([1e-7, 1e-3, 1.0]),
+    "clip": st.none() | st.sampled_from([0.0, 1.0, 0.1]) | around(0, 2),
 }
-OPTIMIZER = {"learning_rate": LR, "momentum": st.none() | MOMENTUM, **COMPENSATION}
+OPTIMIZER = {
+    "learning_rate": st.sampled_from([0.1, 1.0, 0.01]) | around(0, 1),
+    "momentum": st.none() | st.sampled_from([0.9, 0.0, 0.5]) | around(0, 0.95),
+    **COMPENSATION,
+}
 
 
 class Hyperparameters(NamedTuple):
@@ -179,6 +223,10 @@ class Hyperparameters(NamedTuple):
     ours: dict[str, Any]
     reference: dict[str, Any]  # numbers, or functions of the update count
     injected: bool
+
+    def at(self, count):
+        """The reference's values for one update."""
+        return {name: reference.at(value, count) for name, value in self.reference.items()}
 
 
 @st.composite
@@ -194,7 +242,7 @@ def hyperparameters(draw, strategies):
     for name, value in values.items():
         if value is None or how == "float":
             continue
-        value = rounded_to_float32(value)
+        value = float(np.float32(value))
         if how == "schedule":  # different at every count, and exact in float32
             table = [value / 2**i for i in range(8)]
             library[name] = lambda count, table=table: jnp.asarray(table, jnp.float32)[count]
@@ -205,29 +253,15 @@ def hyperparameters(draw, strategies):
     return Hyperparameters(library, theirs, how == "injected")
 
 
-def rounded_to_float32(value):
-    return float(np.float32(value))
-
-
 def build(factory, hyperparams, **options):
-    """The transformation, injected or not."""
+    """The transformation, and what finds its own state in the state of the injected one."""
     if not hyperparams.injected:
-        return factory(**hyperparams.ours, **options)
+        return factory(**hyperparams.ours, **options), lambda state: state
     # Left alone, Optax gives hyperparameters the dtype of the first gradient, be it bfloat16.
     factory = optax.inject_hyperparams(
         factory, static_args=tuple(options), hyperparam_dtype=jnp.float32
     )
-    return factory(**hyperparams.ours, **options)
-
-
-def own_state(hyperparams, state):
-    return state.inner_state if hyperparams.injected else state
-
-
-def renamed(hyperparams):
-    """The reference's names."""
-    values = dict(hyperparams.reference)
-    return {"lr": values.pop("learning_rate"), **values}
+    return factory(**hyperparams.ours, **options), lambda state: state.inner_state
 
 
 @st.composite

@@ -160,18 +160,6 @@ def one_update_old(grad_fn, params, num_updates, **hyperparameters):
     return trajectory
 
 
-class DelayLine:
-    """A FIFO of gradients with the parameters at which each was computed."""
-
-    def __init__(self, delay):
-        self.delay, self.queue = delay, []
-
-    def __call__(self, g, w):
-        """What went in ``delay`` calls ago, or None while there is nothing that old."""
-        self.queue.append((wide(g), wide(w)))
-        return self.queue.pop(0) if len(self.queue) > self.delay else None
-
-
 def scale_by_staleness(g, staleness, power=1.0):
     """g / max(τ, 1)^power, for one τ or a tree of them like ``g``."""
     if not isinstance(staleness, dict | list | tuple):
@@ -179,35 +167,3 @@ def scale_by_staleness(g, staleness, power=1.0):
     return jax.tree.map(
         lambda g, tau: g / np.maximum(np.float64(tau), 1.0) ** power, wide(g), staleness
     )
-
-
-class GapAware:
-    """g / (1 + |w − w_s| / (C + ε)), C the bias-corrected root mean square of the steps taken.
-
-    The steps are w_t − w_{t−1}, component by component. The first gradient passes unchanged.
-    """
-
-    def __init__(self, decay=0.999, eps=1e-8):
-        self.decay, self.eps = decay, eps
-        self.count, self.last, self.nu, self.weight = 0, None, None, 1.0
-
-    def __call__(self, g, w, w_s):
-        w, self.last, last = wide(w), wide(w), self.last
-        self.count += 1
-        if last is None:
-            self.nu = squares(zeros(w))
-            return wide(g)
-        decay, eps = at(self.decay, self.count - 1), at(self.eps, self.count - 1)
-        # The weights of all steps seen sum to 1 − the product of the decays.
-        self.weight *= decay
-        self.nu = jax.tree.map(
-            lambda nu, square: decay * nu + (1 - decay) * square,
-            self.nu,
-            squares(subtract(w, last)),
-        )
-        return jax.tree.map(
-            lambda g, gap, nu: g / (1 + np.abs(gap) / (np.sqrt(nu / (1 - self.weight)) + eps)),
-            wide(g),
-            subtract(w, w_s),
-            self.nu,
-        )

@@ -11,62 +11,14 @@ import optax
 import pytest
 from common import assert_bit_equal, random_tree, train
 
-from optax_dcasgd import add_delay_compensation, dcasgd, fused_dcasgd, remember_params
+from optax_dcasgd import add_delay_compensation, dcasgd, remember_params
 
 SHAPES = {"w": (5, 3), "b": ()}
 PARAMS = random_tree(0, shapes=SHAPES)
 GRADS = [random_tree(t, shapes=SHAPES) for t in range(1, 9)]
-METHODS = {"c": {"lamda": 2.0}, "a": {"lamda": 2.0, "decay": 0.9}, "clip": {"lamda": 8, "clip": 1}}
 
 
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("momentum", [None, 0.9])
-@pytest.mark.parametrize("method", METHODS)
-def test_remembering_updates_is_remembering_parameters(method, momentum):
-    """The last update *is* w − w_prev, to the rounding of the addition that applied it."""
-    by_params, _ = train(dcasgd(0.1, momentum, **METHODS[method]), PARAMS, GRADS, jit=False)
-    by_updates, _ = train(
-        dcasgd(0.1, momentum, store="updates", **METHODS[method]), PARAMS, GRADS, jit=False
-    )
-    uncompensated, _ = train(dcasgd(0.1, momentum, 0.0), PARAMS, GRADS, jit=False)
-    close(by_updates, by_params)
-    assert np.abs(uncompensated[-1]["w"] - by_params[-1]["w"]).max() > 1e-2
-
-
-def test_the_learning_rate_stands_inside_the_momentum():
-    """A schedule changes what is added from now on, not what the buffer already holds."""
-    schedule = optax.piecewise_constant_schedule(0.1, {3: 0.1})
-    actual, _ = train(dcasgd(schedule, 0.9, 0.0), PARAMS, GRADS)
-    w, m = np.asarray(PARAMS["w"], np.float64), 0.0
-    for step, g in enumerate(GRADS):
-        m = 0.9 * m - (0.1 if step < 3 else 0.01) * np.asarray(g["w"], np.float64)
-        w = w + m
-    np.testing.assert_allclose(actual[-1]["w"], w, 1e-5)
-    rescaled_buffer, _ = train(optax.sgd(schedule, 0.9), PARAMS, GRADS)
-    assert np.abs(rescaled_buffer[-1]["w"] - w).max() > 1e-2
-
-
-@pytest.mark.parametrize("name", ["learning_rate", "momentum", "lamda", "decay", "eps", "clip"])
-def test_every_hyperparameter_may_be_a_schedule(name):
-    """The schedule sees 0 on the first update, as every schedule of Optax does."""
-    constants = {
-        "learning_rate": 0.1, "momentum": 0.9, "lamda": 2.0, "decay": 0.9, "eps": 0.3, "clip": 0.5
-    }  # fmt: skip
-    values = [constants[name] * (1 - 0.05 * t) for t in range(len(GRADS))]
-    schedule = {**constants, name: lambda count: jnp.asarray(values)[count]}
-    actual, _ = train(dcasgd(**schedule), PARAMS, GRADS, jit=False)
-
-    params, state, expected = PARAMS, dcasgd(**constants).init(PARAMS), []
-    for value, g in zip(values, GRADS, strict=True):
-        tx = dcasgd(**{**constants, name: value})
-        updates, state = tx.update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        expected.append(params)
-    close(actual, expected)
-    constant, _ = train(dcasgd(**constants), PARAMS, GRADS, jit=False)
-    assert np.abs(constant[-1]["w"] - actual[-1]["w"]).max() > 1e-4
 
 
 def test_the_state_keeps_only_what_the_mode_needs():
@@ -99,23 +51,6 @@ def test_an_update_without_a_gradient_is_remembered_as_none():
         trajectories.append(trajectory)
     np.testing.assert_allclose(*trajectories, rtol=1e-6)
     np.testing.assert_allclose(trajectories[1][2] - trajectories[1][1], -0.1 * grad, rtol=1e-6)
-
-
-def test_explicit_stale_params_do_not_disturb_the_memory():
-    tx = dcasgd(0.1, lamda=2.0)
-    state, params, elsewhere = tx.init(PARAMS), PARAMS, jax.tree.map(jnp.zeros_like, PARAMS)
-    for g in GRADS[:3]:
-        updates, state = tx.update(g, state, params, stale_params=elsewhere)
-        assert_bit_equal(state.prev_params, params)
-        params = optax.apply_updates(params, updates)
-
-
-def test_a_worker_is_refused_where_one_copy_is_remembered():
-    for store in ("params", "updates"):
-        tx = dcasgd(store=store)
-        with pytest.raises(ValueError, match=r"worker was passed, but store=.*remember_params"):
-            tx.update(PARAMS, tx.init(PARAMS), PARAMS, worker=0)
-        tx.update(PARAMS, tx.init(PARAMS), PARAMS, worker=0, stale_params=PARAMS)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
@@ -174,39 +109,3 @@ def test_accumulator_dtype_is_that_of_the_momentum_and_nu():
     assert state.momentum["complex"].dtype == jnp.complex64
     assert state.nu["complex"].dtype == jnp.float32
     assert state.prev_params["real"].dtype == jnp.float32
-
-
-@pytest.mark.parametrize("store", ["params", "updates"])
-@pytest.mark.parametrize("method", METHODS)
-def test_the_fused_step_continues_a_run_of_dcasgd_and_back(method, store):
-    options = {"learning_rate": 0.1, "momentum": 0.9, "store": store, **METHODS[method]}
-    tx, fused = dcasgd(**options), fused_dcasgd(**options)
-    expected, expected_state = train(tx, PARAMS, GRADS)
-
-    update, step = jax.jit(tx.update), jax.jit(fused.step)
-    params, state = PARAMS, fused.init(PARAMS)
-    for i, g in enumerate(GRADS):
-        if i % 2:
-            updates, state = update(g, state, params)
-            params = optax.apply_updates(params, updates)
-        else:
-            params, state = step(g, state, params)
-    close(params, expected[-1])
-    assert jax.tree.structure(state) == jax.tree.structure(expected_state)
-    close(state, expected_state)
-
-
-def test_complex_gradients_are_squared_by_their_modulus():
-    """Rotating g, w and w_s by one phase rotates the update by that phase."""
-    g, w, stale = (random_tree(i, shapes=(6,), dtype=jnp.complex64) for i in range(3))
-    phase = jnp.exp(1j * jnp.float32(0.7))
-    for options in ({}, {"decay": 0.9}, {"clip": 0.3}):
-        tx = dcasgd(0.1, lamda=2.0, store=None, **options)
-        plain, _ = tx.update(g, tx.init(w), w, stale_params=stale)
-        turned, _ = tx.update(g * phase, tx.init(w), w * phase, stale_params=stale * phase)
-        np.testing.assert_allclose(turned, plain * phase, 1e-5)
-    formula = -0.1 * (g + 2.0 * np.abs(g) ** 2 * (w - stale))
-    tx = dcasgd(0.1, lamda=2.0, store=None)
-    np.testing.assert_allclose(
-        tx.update(g, tx.init(w), w, stale_params=stale)[0], formula, 1e-5, 1e-6
-    )

@@ -8,7 +8,6 @@ from common import WORKERS, assert_bit_equal
 from transformation_cases import (
     CASES,
     GRADS,
-    NUM_WORKERS,
     PARAMS,
     STALE,
     STALENESS,
@@ -83,22 +82,6 @@ def test_with_master_weights_hands_on_extra_arguments_and_widens_stale_params():
     )
     assert (extra_args["worker"], extra_args["loss"]) == (2, "any object")
     assert_bit_equal(extra_args["stale_params"], cast(stale, jnp.float32))
-
-
-@pytest.mark.parametrize("num_workers", [None, NUM_WORKERS])
-def test_what_the_caller_passes_wins_over_what_is_remembered(num_workers):
-    """Each by itself: ``stale_params`` alone leaves the staleness as it is remembered."""
-    passed = [{}, {"stale_params": STALE[1]}, {"staleness": 7}, given(3)]
-    by_worker = {} if num_workers is None else {"worker": 1}
-    seen = record(
-        lambda inner: dc.remember_params(inner, num_workers=num_workers),
-        lambda t: {**passed[t], **by_worker, "loss": "any object"},
-    )
-    assert all(e.keys() == {"stale_params", "staleness", "loss", *by_worker} for e in seen)
-    remembered = [0, 1, 1, 1] if num_workers is None else [0, 0, 0, 0]
-    for extra_args, given_ones, age in zip(seen, passed, remembered, strict=True):
-        assert extra_args["staleness"] == given_ones.get("staleness", age)
-        assert_bit_equal(extra_args["stale_params"], given_ones.get("stale_params", PARAMS))
 
 
 # --- optax.tree.map_params ---

@@ -114,28 +114,6 @@ class Compensation:
         return corrected
 
 
-@pytest.mark.parametrize("source", ["given", "previous", "workers"])
-def test_the_memory_sees_what_was_really_applied(source):
-    """Behind the optimizer stands one more link, which halves what the optimizer says."""
-    make, extras = SOURCES[source]
-    hyperparams = {"lamda": 3.0, "decay": 0.5, "eps": 0.1, "clip": 0.4}
-    rule = dc.add_delay_compensation(**hyperparams)
-    tx = make(optax.chain(rule, optax.trace(0.5), optax.scale(-0.4), optax.scale(0.5)))
-    actual, _ = run(tx, extras)
-
-    params = reference.wide(PARAMS)
-    correct, buffer = Compensation(**hyperparams), reference.zeros(PARAMS)
-    memory = reference.Backups(params, NUM_WORKERS if source == "workers" else None)
-    for t in range(STEPS):
-        stale = STALE[t] if source == "given" else memory.stale(WORKERS[t])
-        grads = correct(GRADS[t], params, stale)
-        buffer = jax.tree.map(lambda m, g: 0.5 * m + g, buffer, grads)
-        before, params = params, jax.tree.map(lambda w, m: w - 0.2 * m, params, buffer)
-        memory.applied(before, params, WORKERS[t])
-        assert_close(reference.wide(actual[t]), params, rtol=2e-5)
-    assert correct.largest > 0.05
-
-
 @pytest.mark.parametrize("reset_state", [False, True], ids=["keep", "reset"])
 def test_lookahead_synchronisation_is_part_of_what_is_compensated(reset_state):
     """The fast parameters jump at a synchronisation, and w − w_s has to include the jump."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import random_tree, train
+from common import random_tree
 from transformation_cases import (
     CASES,
     GRADS,
@@ -84,9 +84,3 @@ def test_no_compilation_when_schedules_and_injected_values_change():
         extras = {"worker": t % NUM_WORKERS, "staleness": STALENESS[t]}
         _, state = update(GRADS[t], state, PARAMS, **extras)
     assert len(traces) == 1
-
-
-def test_a_plain_loop_outside_jit_is_the_compiled_one():
-    tx, extras = CASES["dcasgd-workers"].make(), CASES["dcasgd-workers"].extras
-    eager, _ = train(tx, PARAMS, GRADS[:3], extras, jit=False)
-    assert_close(eager, train(tx, PARAMS, GRADS[:3], extras)[0])

@@ -146,13 +146,3 @@ def test_a_tree_of_stalenesses_behind_a_mask(hiding):
     bare = dc.delay_gradients(scaled, visible(delays, mask))
     hidden = dc.delay_gradients(optax.sgd(0.3), visible(delays, opposite(mask)))
     assert_equals_parts(tx, bare, no_extras, mask, hidden=hidden)
-
-
-def test_a_tree_of_delays_equals_a_partition_by_delay():
-    """For SGD with momentum the zero gradients at the start leave no trace."""
-    inner = dc.dcasgd(0.1, 0.9, 0.5, store=None)
-    delays = {"dense": 3, "frozen": 2}
-    parts = {name: dc.delay_gradients(inner, delay) for name, delay in delays.items()}
-    actual, _ = train(dc.delay_gradients(inner, delays), PARAMS, GRADS[:5])
-    expected, _ = train(optax.partition(parts, {k: k for k in parts}), PARAMS, GRADS[:5])
-    assert_close(actual, expected)

@@ -107,50 +107,10 @@ def test_a_scheduler_with_a_base_lr_is_followed_if_learning_rate_is_none_or_equa
     assert_follows(case, follow(tx, case))
 
 
-@pytest.mark.parametrize("learning_rate", [{}, {"learning_rate": 0.3}])
-def test_a_scheduler_whose_base_lr_mxnet_would_overwrite_is_refused(learning_rate):
-    scheduler = SchedulerWithBaseLR({"kind": "inverse", "base_lr": 0.2, "decay": 0.25})
-    with pytest.raises(ValueError, match="base_lr"):
-        mxnet.DCASGD(**learning_rate, lr_scheduler=scheduler)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "advice"),
-    [
-        ("param_idx2name", {0: "w"}, "lr_mult"),
-        ("sym", object(), "lr_mult"),
-        ("param_dict", {}, "lr_mult"),
-        ("aggregate_num", 4, "leave it out"),
-    ],
-)
-def test_arguments_of_mxnet_that_make_no_sense_here_are_refused_with_advice(name, value, advice):
-    with pytest.raises((TypeError, ValueError), match=rf"{name}.*{advice}"):
-        mxnet.DCASGD(**{name: value})
-
-
-def test_an_argument_that_mxnet_has_not_either_is_refused_by_name():
-    with pytest.raises(TypeError, match="weight_decay"):
-        mxnet.DCASGD(weight_decay=0.1)
-
-
-def test_a_fused_step_is_not_implemented_as_in_mxnet():
-    with pytest.raises(NotImplementedError, match="use_fused_step"):
-        mxnet.DCASGD(use_fused_step=True)
-
-
-def test_an_unknown_version_is_refused():
-    with pytest.raises(ValueError, match="version"):
-        mxnet.DCASGD(version=3)
-
-
 # Half-precision parameters without masters: arithmetic and momentum in float32 -------------------
 
 versions = pytest.mark.parametrize("version", [1, 2])
 halves = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
-
-
-def dtypes(tree):
-    return jax.tree.map(lambda x: x.dtype, tree)
 
 
 @versions
@@ -180,17 +140,3 @@ def test_an_update_is_rounded_once_or_behind_the_compensation_of_version_1_twice
     limit = half_a_unit * np.maximum(np.abs(exact), float(jnp.finfo(dtype).tiny))
     number = {1: 2, 2: 1}[version]
     assert np.all(np.abs(np.asarray(updates, float) - exact) <= 1.001 * number * limit)
-
-
-@versions
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
-def test_the_state_keeps_its_form_where_a_parameter_has_no_gradient(version, momentum, dtype):
-    tx = mxnet.DCASGD(0.1, momentum, wd=0.1, rescale_grad=0.5, lr_mult=0.3, version=version)
-    params = {"a": jnp.ones(2, dtype), "b": {"c": jnp.ones((), dtype)}}
-    state = tx.init(params)
-    form = jax.tree.structure(state), dtypes(state)
-    for grads in ({"a": None, "b": params["b"]}, {"a": params["a"], "b": None}, params):
-        updates, state = tx.update(grads, state, params)
-        assert (jax.tree.structure(state), dtypes(state)) == form
-        assert dtypes(updates) == dtypes(grads)

@@ -5,9 +5,7 @@ import numpy as np
 import optax
 import pytest
 from common import assert_bit_equal
-from transformation_cases import CASES, GRADS, PARAMS, accumulated, assert_close, run
-
-import optax_dcasgd as dc
+from transformation_cases import CASES, GRADS, PARAMS, assert_close, run
 
 # --- MultiSteps ---
 
@@ -41,16 +39,6 @@ def test_multi_steps_is_the_optimizer_on_the_mean_gradient(name):
     assert_bit_equal(actual[:2], [PARAMS] * 2)
     # The dropped gradient is the fifth, so that the second step is the seventh call.
     assert_close([actual[i] for i in (2, 6, 9)], expected, rtol=1e-5)
-
-
-def test_delay_and_accumulation_commute_with_whole_steps():
-    """MultiSteps inside a delay of 3 gradients is a delay of one whole step of 3 gradients."""
-    inner = dc.dcasgd(0.1, 0.9, 0.5, store=None)
-    outside = optax.MultiSteps(dc.delay_gradients(inner, 1), EVERY)
-    inside = dc.delay_gradients(accumulated(inner, EVERY), EVERY)
-    delayed_steps, _ = run(outside, grads=GRADS)
-    delayed_gradients, _ = run(inside, grads=GRADS)
-    assert_close(delayed_gradients, delayed_steps)
 
 
 # --- Gradients that are not finite ---
@@ -103,12 +91,3 @@ def test_a_component_that_is_not_finite_spoils_its_own_update_and_nothing_else(n
         updates, _ = update(spoiled(GRADS[3], bad), state, params, **case.extras(3))
         assert not np.isfinite(updates["dense"]["kernel"][1, 0])
         assert_bit_equal(spoiled(updates, 0.0), spoiled(clean, 0.0))
-
-
-def test_non_finite_gradients_arrive_with_their_delay():
-    tx = dc.delay_gradients(dc.dcasgd(0.1, None, 0.5, store=None), 2)
-    state, finite = tx.init(PARAMS), []
-    for grads in [GRADS[0], spoiled(GRADS[1], np.nan), *GRADS[2:5]]:
-        updates, state = tx.update(grads, state, PARAMS)
-        finite.append(bool(np.all(np.isfinite(updates["dense"]["kernel"]))))
-    assert finite == [True, True, True, False, True]

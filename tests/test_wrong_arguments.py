@@ -173,8 +173,8 @@ OTHERS = [
      "['dense']['bias']", "(2,)"),
     (lambda: mxnet.DCASGD("0.1", lr_scheduler=lambda n: 0.1), TypeError, "learning_rate"),
     (lambda: mxnet.DCASGD(None, lr_scheduler=0.1), TypeError, "lr_scheduler"),
-    (lambda: mxnet.DCASGD(0.1, lr_scheduler=Scheduler()), ValueError, "learning_rate=0.1",
-     "base_lr=0.05"),
+    *((lambda rate=rate: mxnet.DCASGD(*rate, lr_scheduler=Scheduler()), ValueError, "learning_rate",
+       "base_lr=0.05") for rate in ([], [0.3])),
     *((lambda x=x: mxnet.DCASGD(begin_num_update=x), error, "begin_num_update")
       for x, error in [(-1, ValueError), (1.0, TypeError), (None, TypeError), (True, TypeError)]),
     *((lambda x=x: mxnet.DCASGD(version=x), error, "version")
@@ -182,8 +182,9 @@ OTHERS = [
     *((lambda n=n, x=x: mxnet.DCASGD(**{n: {"a": 1.0, "b": [1.0, x]}}), error, f"{n}['b'][1]")
       for n in ("lr_mult", "wd_mult")
       for x, error in [("x", TypeError), (np.ones(2), ValueError), (np.inf, ValueError)]),
-    (lambda: mxnet.DCASGD(param_dict={}), TypeError, "param_dict", "lr_mult"),
-    (lambda: mxnet.DCASGD(nesterov=True), TypeError, "nesterov"),
+    *((lambda x=x: mxnet.DCASGD(**{x: 4}), TypeError, x, advice)
+      for x, advice in [*((x, "lr_mult") for x in ("param_idx2name", "sym", "param_dict")),
+                        ("aggregate_num", "leave it out"), ("nesterov", "nor has MXNet")]),
     (lambda: mxnet.DCASGD(use_fused_step=True), NotImplementedError, "fused_dcasgd"),
 ]  # fmt: skip
 

@@ -65,42 +65,6 @@ def test_a_quadratic():
     )
 
 
-@pytest.mark.usefixtures("x64")
-def test_logistic_regression_by_hand():
-    """log(1 + e^−w): g = −σ(−w), and for w_s → w the λ that fits is g′/g² = σ(w)/σ(−w) = e^w."""
-    grad_fn = jax.value_and_grad(lambda w, batch, key: jax.nn.softplus(-w))
-    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
-    for w, w_s in [(0.3, -0.2), (1.0, 1.0 - 1e-6)]:
-        pairs = diagnostics.pairs(grad_fn, np.array([w]), np.array([w_s]), None)
-        expected = (sigmoid(-w_s) - sigmoid(-w)) / (sigmoid(-w_s) ** 2 * (w - w_s))
-        np.testing.assert_allclose(diagnostics.fit(pairs).lamda, expected, 1e-6)
-    np.testing.assert_allclose(expected, np.e, 1e-5)
-
-
-@pytest.mark.parametrize("batch_size", [1, 16])
-@pytest.mark.usefixtures("x64")
-def test_logistic_regression_in_expectation(batch_size):
-    """Labels from the model itself, inputs ±1: g is the mean of B draws of variance σ² = p(1 − p),
-    and that is the curvature too. So E[c·(g − g_s)] / E[c²] = σ²·E[g²] / E[g⁴], which grows with B.
-    """
-    rng = np.random.default_rng(0)
-    num_pairs, w = 40_000, 0.5
-    x = np.sign(rng.normal(size=(num_pairs, batch_size)))
-    y = rng.random(x.shape) < 1 / (1 + np.exp(-w * x))
-
-    def grad_fn(w, batch, key):
-        x, y = batch
-        return jnp.zeros(()), jnp.mean((jax.nn.sigmoid(w * x) - y) * x)
-
-    w_s = np.full(num_pairs, w)
-    fitted = diagnostics.fit(diagnostics.pairs(grad_fn, w_s + 1e-4, w_s, (x, y))).lamda
-    p = 1 / (1 + np.exp(-w))
-    variance = p * (1 - p)
-    fourth_moment = variance * (1 - 3 * variance)
-    expected_fourth = (fourth_moment + 3 * (batch_size - 1) * variance**2) / batch_size**3
-    np.testing.assert_allclose(fitted, variance**2 / batch_size / expected_fourth, 0.03)
-
-
 @pytest.mark.parametrize("complex_numbers", [False, True])
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("clip", [None, 0.0, 0.1, 1.0])

@@ -23,33 +23,6 @@ def script():
         yield module
 
 
-@pytest.mark.slow
-def test_a_small_run(script, capsys, tmp_path):
-    out = tmp_path / "new" / "folder"
-    script.main([*SMALL, "--delay=3", f"--out={out}"])
-    output = capsys.readouterr()
-    assert f"JAX {jax.__version__} on cpu" in output.out
-    assert "test accuracy" in output.err  # the progress bars'
-    assert "50/50" in output.err
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-    results = json.loads((out / "results.json").read_text())
-    assert results["options"]["delay"] == 3
-    final = {}
-    for method, (curves,) in results["curves"].items():
-        assert curves["updates"] == [25, 50]
-        assert np.isfinite(curves["training loss"]).all()
-        final[method] = [curves["test accuracy"][-1]]
-        shown = next(line for line in output.out.splitlines() if line.startswith(method))
-        assert shown.split()[-2] == f"{100 * final[method][0]:.1f}"
-    assert sorted(final) == ["compensated", "fresh", "stale"]
-    assert min(final["fresh"]) > 0.5  # it learns: chance is 0.1
-    assert final["fresh"] != final["stale"] != final["compensated"]
-    words = script.verdict(final, delay=3)
-    assert words == results["verdict"]
-    assert words in output.out
-
-
 def test_a_run_that_diverges_is_reported(script, capsys, tmp_path, monkeypatch):
     """With made-up curves: NaN is null in the numbers, and cuts off a plotted line."""
     ends = iter([0.9, 0.9, NAN])

@@ -4,10 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from common import assert_bit_equal, random_tree, train
-from property_bounds import buffers, signature
 
 import optax_dcasgd as dc
 from optax_dcasgd import add_delay_compensation, remember_params
@@ -56,15 +54,6 @@ def test_gradients_pass_bit_for_bit_where_there_is_nothing_to_correct(rule, x64,
             for _ in range(2):
                 updates, state = update(grads, state, params, stale_params=stale)
                 assert_bit_equal(updates, grads)
-
-
-@pytest.mark.parametrize("behind", [optax.sgd(0.1, 0.9), optax.adam(0.1)], ids=["sgd", "adam"])
-def test_without_lamda_the_optimizer_behind_is_all_there_is(behind):
-    params, grads = random_tree(0), [random_tree(t) for t in range(1, 5)]
-    tx = remember_params(optax.chain(add_delay_compensation(0.0), behind))
-    actual, state = train(tx, params, grads, jit=False)
-    expected, own = train(behind, params, grads, jit=False)
-    assert_bit_equal((actual, state.inner_state[1]), (expected, own))
 
 
 def test_the_defaults_are_adaptive_and_clipped():
@@ -145,50 +134,3 @@ def test_the_steps_of_the_gap_are_those_taken_and_not_those_from_the_stale_param
 
 
 # What the state owes ------------------------------------------------------------------------------
-
-RULE = optax.chain(add_delay_compensation(), dc.robust_delay_compensation(), dc.scale_by_gap())
-TRANSFORMATIONS = {
-    "remember_params": lambda: remember_params(optax.chain(RULE, optax.sgd(0.1))),
-    "workers": lambda: remember_params(dc.dcasgd(0.1, 0.9, store=None), num_workers=2),
-    "one worker": lambda: remember_params(RULE, num_workers=1),
-    "dcasgd": lambda: dc.dcasgd(0.1, 0.9, decay=0.5),
-    "dcasgd, updates": lambda: dc.dcasgd(0.1, 0.9, store="updates"),
-    "delay_gradients": lambda: dc.delay_gradients(dc.dcasgd(0.1, 0.9, store=None), 1),
-    "a tree of delays": lambda: dc.delay_gradients(dc.dcasgd(store=None), {"a": 0, "b": 1, "c": 2}),
-    "with_master_weights": lambda: dc.with_master_weights(dc.dcasgd(0.1, 0.9)),
-}
-
-
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_the_state_outlives_what_it_was_made_from_and_keeps_its_signature(name):
-    """Donated or deleted: op by op first, then compiled."""
-    tx = TRANSFORMATIONS[name]()
-    extra = {"worker": 0} if "worker" in name else {}
-    params = {
-        "a": jnp.asarray(1.0),  # weakly typed, as Python numbers are: the state must not be
-        "b": jnp.ones((2, 2), jnp.bfloat16),
-        "c": jnp.ones((), jnp.complex64),
-    }
-    assert params["a"].weak_type
-    state = tx.init(params)
-    kind = signature(state)
-
-    def step(params, state):
-        grads = jax.tree.map(lambda p: p / 2, params)
-        updates, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
-
-    compiled = jax.jit(step, donate_argnums=(0, 1))
-    for _ in range(2):
-        grads = jax.tree.map(lambda p: p / 2, params)
-        updates, state = tx.update(grads, state, params, **extra)
-        new_params = optax.apply_updates(params, updates)
-        assert not buffers(state) & (buffers(params) | buffers(grads))
-        for x in jax.tree.leaves((params, grads)):
-            x.delete()  # as donating them would
-        params = new_params
-    for _ in range(3):
-        params, state = compiled(params, state)
-        assert signature(state) == kind
-    assert compiled._cache_size() == 1
-    assert all(np.all(np.isfinite(np.asarray(x, np.complex64))) for x in jax.tree.leaves(state))

@@ -45,18 +45,12 @@ def test_async_is_a_parameter_server(tx, momentum, rule):
     arrivals = cases.arrivals()
     staleness = np.asarray(arrivals.staleness)
     assert len(set(staleness)) > 5  # else this would test little
-    versions, losses = cases.numpy_run(
-        cases.one_push_each(staleness), momentum=momentum, lamda=rule["lamda"], **_without(rule)
-    )
+    versions, losses = cases.numpy_run(cases.one_push_each(staleness), momentum=momentum, **rule)
     result = run(tx, arrivals)
     cases.assert_close(result.params, versions[-1], 1e-12)
     np.testing.assert_allclose(result.history.loss, losses, 1e-12)
     np.testing.assert_array_equal(result.history.time, arrivals.time)
     assert result.history.num_finite == NUM_UPDATES
-
-
-def _without(rule):
-    return {name: value for name, value in rule.items() if name != "lamda"}
 
 
 @pytest.mark.usefixtures("x64")
