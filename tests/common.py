@@ -1,10 +1,13 @@
-"""What tests of every folder share: trees of random numbers, a loop of updates, a comparison."""
+"""What tests of every folder share: trees of random numbers, a loop of updates, comparisons."""
+
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 SHAPES = {
     "dense": {"bias": (2,), "kernel": (3, 2)},
@@ -56,3 +59,8 @@ def assert_bit_equal(actual, expected):
 
 def _bits(x):
     return np.frombuffer(np.asarray(x).tobytes(), np.uint8)
+
+
+def raises(error, *parts):
+    """``pytest.raises`` for a message in which these texts occur, in order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts))

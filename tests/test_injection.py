@@ -13,38 +13,20 @@ from transformation_cases import NUM_WORKERS, assert_close
 import optax_dcasgd as dc
 
 STEPS = 4
-# An injected decay is a float32, and so 1 − decay is a difference of float32 numbers: equal to that
-# of the Python number only if binary fractions are subtracted.
-NUMBERS = {
-    "learning_rate": 0.1,
-    "momentum": 0.9,
-    "lamda": 0.8,
-    "decay": 0.875,
-    "eps": 0.02,
-    "clip": 0.5,
-    "max_norm": 0.75,
-    "power": 0.5,
+# Of each hyperparameter a number, another one, and a schedule. An injected decay is a float32, and
+# so 1 − decay is a difference of float32 numbers: equal to that of the Python number only if binary
+# fractions are subtracted.
+HYPERPARAMETERS = {
+    "learning_rate": (0.1, 0.05, lambda t: 0.2 / (1 + t)),
+    "momentum": (0.9, 0.5, lambda t: 1 - 1 / (2.0 + t)),
+    "lamda": (0.8, 0.1, lambda t: 0.3 + 0.2 * t),
+    "decay": (0.875, 0.5, lambda t: 0.9 - 0.1 * t),
+    "eps": (0.02, 0.3, lambda t: 0.1 / (1 + t)),
+    "clip": (0.5, 0.02, lambda t: jnp.where(t < 2, 0.2, 2.0)),
+    "max_norm": (0.75, 0.5, lambda t: 0.5 + 0.25 * t),
+    "power": (0.5, 2.0, lambda t: 1 / (1.0 + t)),
 }
-OTHERS = {
-    "learning_rate": 0.05,
-    "momentum": 0.5,
-    "lamda": 0.1,
-    "decay": 0.5,
-    "eps": 0.3,
-    "clip": 0.02,
-    "max_norm": 0.5,
-    "power": 2.0,
-}
-SCHEDULES = {
-    "learning_rate": lambda t: 0.2 / (1 + t),
-    "momentum": lambda t: 1 - 1 / (2.0 + t),
-    "lamda": lambda t: 0.3 + 0.2 * t,
-    "decay": lambda t: 0.9 - 0.1 * t,
-    "eps": lambda t: 0.1 / (1 + t),
-    "clip": lambda t: jnp.where(t < 2, 0.2, 2.0),
-    "max_norm": lambda t: 0.5 + 0.25 * t,
-    "power": lambda t: 1 / (1.0 + t),
-}
+NUMBERS, OTHERS, SCHEDULES = ({k: v[i] for k, v in HYPERPARAMETERS.items()} for i in range(3))
 PARAMS = jnp.array([[1.0, -2.0], [0.5, 3.0]])
 GRADS = jnp.asarray(np.random.default_rng(0).normal(size=(STEPS, 2, 2)), jnp.float32)
 

@@ -140,16 +140,25 @@ SCHEDULE = "test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_s
 @pytest.mark.parametrize(
     ("test", "factory", "message"),
     [
-        ("ContribTest.test_optimizers_accept_extra_args_X_wrapFalse",
-         _broken(update=_takes_no_extra_args), "unexpected keyword argument"),
+        (
+            "ContribTest.test_optimizers_accept_extra_args_X_wrapFalse",
+            _broken(update=_takes_no_extra_args),
+            "unexpected keyword argument",
+        ),
         (f"ContribTest.{SCHEDULE}_X", _has_no_annotation, "skipped"),
         ("AliasTest.test_preserve_dtype_X_bfloat16", _broken(update=_returns_float32), "!="),
-        ("Float64Test.test_mixed_dtype_input_outputs_X", _broken(update=_returns_float32_state),
-         "float32"),
-        ("ShardingTest.test_state_sharding_type_init_match_update_X",
-         _broken(init=_forgets_sharding), "Mismatch"),
+        (
+            "Float64Test.test_mixed_dtype_input_outputs_X",
+            _broken(update=_returns_float32_state),
+            "float32",
+        ),
+        (
+            "ShardingTest.test_state_sharding_type_init_match_update_X",
+            _broken(init=_forgets_sharding),
+            "Mismatch",
+        ),
     ],
-)  # fmt: skip
+)
 def test_faults_are_found(test, factory, message):
     suite = optax_suites.load(test.partition(".")[0], [Variant("X", factory, MOMENTUM)])
     (case,) = (case for case in suite.cases if case.id == test)

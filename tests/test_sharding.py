@@ -17,6 +17,7 @@ import pytest
 from common import random_tree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from transformation_cases import make_step
 
 import optax_dcasgd as dc
 
@@ -55,18 +56,7 @@ class Mode(NamedTuple):
 
 
 def optimizer(tx, *args):
-    def step(params, state, grads, extra_args):
-        updates, state = tx.update(grads, state, params, **extra_args)
-        return optax.apply_updates(params, updates), state
-
-    return Mode(tx.init, step, *args)
-
-
-def fused(opt, *args):
-    def step(params, state, grads, extra_args):
-        return opt.step(grads, state, params, **extra_args)
-
-    return Mode(opt.init, step, *args)
+    return Mode(tx.init, make_step(tx), *args)
 
 
 def rule(rule, **kwargs):
@@ -83,7 +73,7 @@ MODES = {
     "dcasgd-workers": optimizer(
         dc.remember_params(given_dcasgd, num_workers=NUM_WORKERS), "worker"
     ),
-    "fused": fused(dc.fused_dcasgd(0.1, 0.9, 0.5, decay=0.9)),
+    "fused": optimizer(dc.fused_dcasgd(0.1, 0.9, 0.5, decay=0.9)),
     "add_delay_compensation": rule(dc.add_delay_compensation(0.5, decay=0.9)),
     "scale_by_gap": rule(dc.scale_by_gap(0.9)),
     "scale_by_gap-workers": rule(dc.scale_by_gap(0.9), num_workers=NUM_WORKERS),
@@ -196,23 +186,6 @@ def test_a_collective_would_be_found():
     program = jax.jit(lambda x: x - jnp.mean(x)).lower(kernel).compile().as_text()
     assert "num_partitions=8" in program
     assert COLLECTIVE.findall(program) != []
-
-
-@on_both
-def test_the_state_stays_where_it_is_outside_jit_too(mode, kind):
-    params, grads, extras = inputs(mode, kind)
-    with jax.set_mesh(mesh_of(kind)):
-        after = MODES[mode].step(params, MODES[mode].init(params), grads[0], extras[0])
-    assert_sharded_like_params(after, kind)
-
-
-@pytest.mark.parametrize("mode", ON_BOTH)
-def test_no_mesh_has_to_be_set_for_automatic_sharding(mode):
-    params, grads, extras = inputs(mode, "auto")
-    state = jax.jit(MODES[mode].init)(params)
-    assert_sharded_like_params(state, "auto")
-    after = jax.jit(MODES[mode].step)(params, state, grads[0], extras[0])
-    assert_sharded_like_params(after, "auto")
 
 
 @on_both

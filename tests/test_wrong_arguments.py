@@ -3,22 +3,15 @@
 Messages are matched for the names that a user needs to find the mistake, not for their wording.
 """
 
-import re
-
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common import raises
 from transformation_cases import GRADS, PARAMS
 
 import optax_dcasgd as dc
 from optax_dcasgd import mxnet
-
-
-def raises(error, *parts):
-    """``pytest.raises`` for a message in which these texts occur, in order."""
-    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(part) for part in parts))
-
 
 # --- Numbers ---
 

@@ -11,12 +11,6 @@ from optax_dcasgd import add_delay_compensation, diagnostics
 from optax_dcasgd.diagnostics import Pairs
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def random_pairs(num_pairs=3, complex_numbers=False, seed=0):
     rng = np.random.default_rng(seed)
 

@@ -16,12 +16,6 @@ from optax_dcasgd import add_delay_compensation, diagnostics, simulation
 from optax_dcasgd.diagnostics import Pairs
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.parametrize(("num_pairs", "replayed"), [(7, False), (40, True)])
 @pytest.mark.usefixtures("x64")
 def test_pairs_of_a_run(num_pairs, replayed):

@@ -145,12 +145,6 @@ def test_a_gpu_before_hopper_is_refused(monkeypatch):
     assert custom_calls(lower(None)) == []
 
 
-def test_outside_jit_it_is_refused_too():
-    tx = make("dcasgd", implementation="pallas")
-    with pytest.raises(NotImplementedError, match="no kernel for the platform cpu"):
-        tx.update(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3))
-
-
 # --- The program for a GPU ---
 
 

@@ -136,11 +136,3 @@ def test_algorithm_2_as_a_link_of_a_chain(method, momentum):
     with jax.enable_x64(True):
         tx = backups(optax.chain(rule, optax.sgd(LEARNING_RATE, momentum)))
         chex.assert_trees_all_close(jax_server(tx, by_worker), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_algorithm_2_in_float32():
-    expected, _ = numpy_server(0.9, **METHODS["a"])
-    tx = backups(dcasgd(LEARNING_RATE, 0.9, store=None, **METHODS["a"]))
-    trajectory = jax_server(tx, by_worker)
-    expected = jax.tree.map(np.float32, expected)
-    chex.assert_trees_all_close(trajectory, expected, rtol=2e-5, atol=2e-5)

@@ -118,20 +118,6 @@ def test_moments(compute_time, mean, std):
     np.testing.assert_allclose(times.std(), std, 0.06, atol=1e-6)
 
 
-def test_under_vmap_and_jit():
-    def one(key, slow):
-        return simulation.arrivals(key, 3, 30, slowdown={2: slow})
-
-    keys, slow = jax.random.split(KEY, 2), jnp.array([1.0, 5.0])
-    together, one = jax.jit(jax.vmap(one))(keys, slow), jax.jit(one)
-    assert together.num_workers == 3
-    for i in range(2):
-        alone = one(keys[i], slow[i])
-        np.testing.assert_array_equal(together.worker[i], alone.worker)
-        np.testing.assert_array_equal(together.staleness[i], alone.staleness)
-        np.testing.assert_allclose(together.time[i], alone.time, 1e-5)
-
-
 def test_time_does_not_lose_small_steps_in_a_long_run():
     """A sum of many small steps; a running float32 sum would stand still or drift."""
     arrivals = simulation.arrivals(KEY, 1, 2**18, compute_time=0.001)

@@ -26,12 +26,6 @@ def run(tx, arrivals=None, batches=None, **options):
     return simulation.run(cases.grad_fn, cases.as_jax(PARAMS), tx, batches, arrivals, **options)
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.parametrize(
     ("tx", "momentum", "rule"),
     [
@@ -68,15 +62,6 @@ def test_remember_params_agrees_with_the_arrivals(tmp_path):
     cases.assert_close(run(untold, arrivals).params, versions[-1], 1e-12)
 
 
-def test_what_the_simulation_passes_wins_over_what_is_remembered():
-    t = np.arange(NUM_UPDATES)  # no worker has pulled after its own push
-    arrivals = Arrivals(t % NUM_WORKERS, np.minimum(t, 6), np.arange(1.0, NUM_UPDATES + 1))
-    expected = run(CHAIN, arrivals)
-    for options in [{}, {"num_workers": NUM_WORKERS}]:
-        actual = run(remember_params(CHAIN, **options), arrivals)
-        chex.assert_trees_all_equal(actual.params, expected.params)
-
-
 @pytest.mark.parametrize("barrier", [True, False])
 @pytest.mark.usefixtures("x64")
 def test_sync_is_the_mean_of_a_round(barrier):
@@ -105,14 +90,6 @@ def test_sequential_is_never_stale_and_takes_the_sum_of_the_times():
     cases.assert_close(result.params, versions[-1], 1e-12)
     np.testing.assert_allclose(result.history.loss, losses, 1e-12)
     np.testing.assert_allclose(result.history.time, 0.5 * np.arange(1, NUM_UPDATES + 1), 1e-12)
-
-
-def test_lamda_zero_is_plain_asynchronous_training():
-    inner = optax.adam(1e-2)
-    actual = run(optax.chain(add_delay_compensation(0.0), inner))
-    expected = run(inner)
-    chex.assert_trees_all_equal(actual.params, expected.params)
-    chex.assert_trees_all_equal(actual.history, expected.history)
 
 
 def test_one_worker_is_sequential():
