@@ -70,34 +70,24 @@ def numpy_server(momentum, lamda, decay=None, eps=1e-7, clip=None):
     return trajectory, max(compensations)
 
 
-def jax_server(tx, extra_args):
-    """A server that applies `tx`; the workers really hold the parameters they pulled."""
+def jax_server(tx, *told):
+    """A server that applies `tx`; the workers really hold the parameters they pulled.
+
+    ``told`` are the names of the extra arguments that it passes.
+    """
     update = jax.jit(tx.update)
     params = jax.tree.map(jnp.asarray, INITIAL)
     pulled = [params] * NUM_WORKERS
     state = tx.init(params)
     trajectory = []
     for worker in ARRIVALS:
+        extra = {"worker": worker, "stale_params": pulled[worker]}
         grads = jax_grads(pulled[worker], jnp.asarray(X), jnp.asarray(Y))
-        updates, state = update(grads, state, params, **extra_args(worker, pulled[worker]))
+        updates, state = update(grads, state, params, **{name: extra[name] for name in told})
         params = jax.tree.map(jnp.add, params, updates)
         pulled[worker] = params
         trajectory.append(params)
     return trajectory
-
-
-def by_worker(worker, pulled):
-    del pulled
-    return {"worker": worker}
-
-
-def by_stale_params(worker, pulled):
-    del worker
-    return {"stale_params": pulled}
-
-
-def by_both(worker, pulled):
-    return {"worker": worker, "stale_params": pulled}
 
 
 def backups(tx):
@@ -114,16 +104,16 @@ def test_algorithm_2_with_random_arrivals(method, momentum):
 
     with jax.enable_x64(True):
         told = dcasgd(LEARNING_RATE, momentum, **hyperparams, store=None)
-        servers = [(backups(told), by_worker)]
+        servers = [(backups(told), "worker")]
         if method == "a" and momentum:
             servers += [
-                (backups(told), by_both),
-                (told, by_stale_params),
-                (dcasgd(LEARNING_RATE, momentum, **hyperparams), by_stale_params),
-                (dcasgd(LEARNING_RATE, momentum, **hyperparams, store="updates"), by_stale_params),
+                (backups(told), "worker", "stale_params"),
+                (told, "stale_params"),
+                (dcasgd(LEARNING_RATE, momentum, **hyperparams), "stale_params"),
+                (dcasgd(LEARNING_RATE, momentum, **hyperparams, store="updates"), "stale_params"),
             ]
-        for tx, extra_args in servers:
-            trajectory = jax_server(tx, extra_args)
+        for tx, *names in servers:
+            trajectory = jax_server(tx, *names)
             chex.assert_trees_all_close(trajectory, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -135,4 +125,4 @@ def test_algorithm_2_as_a_link_of_a_chain(method, momentum):
     rule = add_delay_compensation(**METHODS[method])
     with jax.enable_x64(True):
         tx = backups(optax.chain(rule, optax.sgd(LEARNING_RATE, momentum)))
-        chex.assert_trees_all_close(jax_server(tx, by_worker), expected, rtol=1e-12, atol=1e-12)
+        chex.assert_trees_all_close(jax_server(tx, "worker"), expected, rtol=1e-12, atol=1e-12)
