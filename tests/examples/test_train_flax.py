@@ -75,24 +75,17 @@ def test_takes_none(script, tmp_path):
         ([0.10, 0.11, 0.09], [0.93, 0.95, 0.94], "helped"),
         ([0.93, 0.95, 0.94], [0.10, 0.11, 0.09], "hurt"),
         ([0.93, 0.95, 0.94], [0.94, 0.96, 0.94], "made no clear difference"),
-        ([0.93, 0.95, 0.94], [0.93, 0.95, 0.94], "made no clear difference"),
-        # Wide, but five of five runs were worse by far; then wider than the gain.
-        ([0.75, 0.34, 0.21, 0.67, 0.78], [0.94, 0.95, 0.94, 0.96, 0.94], "helped"),
-        ([0.30, 0.95, 0.94], [0.94, 0.95, 0.94], "made no clear difference"),
         # The means are 2.0 points apart; three standard errors are 1.96 and then 2.03 points.
         ([0.912, 0.92, 0.928], [0.932, 0.94, 0.948], "helped"),
         ([0.9117, 0.92, 0.9283], [0.9317, 0.94, 0.9483], "made no clear difference"),
         # Runs that failed, diverged or at chance, count before any mean does.
         ([NAN, 0.10, NAN, 0.95, 0.95], [0.60, 0.61, 0.62, 0.61, 0.60], "helped"),
-        ([0.60, 0.61, 0.62, 0.61, 0.60], [NAN, 0.10, NAN, 0.95, 0.95], "hurt"),
-        ([NAN, 0.10, 0.95], [0.94, 0.94, 0.94], "made no clear difference"),
-        ([NAN, 0.90, 0.90], [0.95, 0.95, 0.10], "made no clear difference"),
         ([NAN, NAN, NAN], [NAN, NAN, NAN], "made no clear difference"),
-        ([0.90], [0.95], "made no clear difference"),  # that one seed could tell
-        ([0.10], [0.95], "made no clear difference"),
+        ([0.10], [0.95], "made no clear difference"),  # that one seed could tell
     ],
 )
 def test_verdict_on_compensation(script, before, after, effect):
+    """The rule is that of compare_async_report.py; here three standard errors, and its words."""
     assert script.judge(before, after)[0] == effect
     words = script.verdict(
         {"fresh": [0.95] * len(before), "stale": before, "compensated": after}, delay=8
