@@ -22,7 +22,6 @@ from transformation_cases import (
 )
 
 import optax_dcasgd as dc
-from optax_dcasgd import dcasgd, with_master_weights
 
 BF16 = jnp.bfloat16
 STEPS = 5
@@ -115,6 +114,9 @@ def test_masked_masters_round_only_what_they_hold():
     assert_bit_equal(actual[-1]["dense"], jnp.full(3, 1 - 2.0**-6, BF16))
 
 
+# --- Where updates land ---
+
+
 def starts(dtype):
     """Half-precision numbers that are hard to reach by an addition, and some that are not."""
     info = jnp.finfo(dtype)
@@ -144,7 +146,7 @@ def check_landing(dtype, step_dtype):
     start = np.repeat(starts(dtype), absolute.size)
     absolute, factor = (np.resize(x, start.size).astype(step_dtype) for x in (absolute, factor))
     params = jnp.asarray(start).astype(dtype)
-    tx = with_master_weights(optax.identity())
+    tx = dc.with_master_weights(optax.identity())
     state = tx.init(params)
     kind = signature(state)
     alive = np.ones(start.size, bool)  # what has overflowed is no longer compared
@@ -185,9 +187,11 @@ def check_landing(dtype, step_dtype):
     assert np.mean(alive) > 0.5
 
 
+# --- What the optimizer inside sees ---
+
 OPTIMIZERS = {
-    "dcasgd": lambda: dcasgd(0.1, 0.9, 1.0),
-    "dcasgd, adaptive": lambda: dcasgd(0.1, 0.5, 2.0, decay=0.95, clip=1.0, store="updates"),
+    "dcasgd": lambda: dc.dcasgd(0.1, 0.9, 1.0),
+    "dcasgd, adaptive": lambda: dc.dcasgd(0.1, 0.5, 2.0, decay=0.95, clip=1.0, store="updates"),
     "adam": lambda: optax.adam(0.01),
 }
 
@@ -204,7 +208,7 @@ def test_master_weights_train_as_if_the_parameters_were_float32(case, inner, wid
         params = data.params(tree)
         masters = [p.astype(jnp.float32) if is_half(p) else p for p in params]
         optimizer = OPTIMIZERS[inner]()
-        tx = with_master_weights(optimizer)
+        tx = dc.with_master_weights(optimizer)
         state = initialise(tx, tree.unflatten(params))
         kind = signature(state)
         inner_state = optimizer.init(tree.unflatten(masters))
