@@ -18,7 +18,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 
-# Pages in Markdown; those that begin with a notebook's header are executed when the manual is built.
+# Pages in Markdown; those that begin with a notebook's header are executed as the manual is built.
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"  # only what has changed is executed again
