@@ -16,13 +16,14 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx-mathjax-offline",
 ]
+mathjax_path = "mathjax/tex-chtml.js"  # where that extension puts it
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 
 # Pages in Markdown; those that begin with a notebook's header are executed as the manual is built.
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"  # only what has changed is executed again
-nb_execution_timeout = 300
+nb_execution_timeout = 900  # seconds a cell, for a machine with other work
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
@@ -35,5 +36,11 @@ add_module_names = False
 
 html_theme = "sphinx_book_theme"
 html_title = "optax_dcasgd"
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "navbar_persistent": [],  # the search field is in the side bar
+}
+html_static_path = ["_static"]
+html_css_files = ["manual.css"]
 html_show_sourcelink = False

@@ -1,12 +1,14 @@
 """The tables that users read say what the committed results say."""
 
 import csv
+import importlib
 import importlib.util
 import json
 import os
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -155,3 +157,38 @@ def test_the_figures_of_robust():
             cells.append(f"{best:.0f}{ratio}")
         row = f"| {name} | {' | '.join(cells)} |"
         assert row in text.replace(" *", ""), row
+
+
+@pytest.mark.parametrize("rate", ["0.02", "0.05", "0.1", "0.2", "0.4"])
+def test_the_figures_of_train_flax(rate):
+    curves = results(f"train_flax/learning_rate_{rate}.json")["curves"]
+    final = [100 * np.array([run["test accuracy"][-1] for run in runs]) for runs in curves.values()]
+    text = page("docs/measured.md")
+    if rate == "0.2":  # the default
+        for accuracy in final:
+            assert f"| {accuracy.mean():.1f} ± {accuracy.std(ddof=1):.1f} % |" in text
+    else:
+        row = " | ".join(f"{accuracy.mean():.1f} %" for accuracy in final)
+        assert f"| `--learning-rate {rate}` | {row} |" in text
+
+
+def test_each_figure_is_drawn_and_shown(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    figures = importlib.import_module("figures")
+    figures.main(["--out", str(tmp_path)])
+    drawn = {path.name for path in tmp_path.glob("*.svg")}
+    assert drawn == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    text = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    assert drawn <= {*re.findall(r"\(figures/(\w+\.svg)\)", text)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_what_the_pages_outside_the_manual_link_to_is_there(name):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", page(name))
+    assert targets
+    for path, anchor in targets:
+        assert (ROOT / path).exists(), path
+        headings = re.findall(r"^#+ (.*)$", page(path), re.MULTILINE) if anchor else [anchor]
+        assert anchor in [
+            h and re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings
+        ]
