@@ -162,7 +162,10 @@ def test_the_figures_of_robust():
 @pytest.mark.parametrize("rate", ["0.02", "0.05", "0.1", "0.2", "0.4"])
 def test_the_figures_of_train_flax(rate):
     curves = results(f"train_flax/learning_rate_{rate}.json")["curves"]
-    final = [100 * np.array([run["test accuracy"][-1] for run in runs]) for runs in curves.values()]
+    final = [
+        100 * np.array([run["test accuracy"][-1] for run in curves[method]])
+        for method in ("fresh", "stale", "compensated")
+    ]
     text = page("docs/measured.md")
     if rate == "0.2":  # the default
         for accuracy in final:
@@ -172,6 +175,7 @@ def test_the_figures_of_train_flax(rate):
         assert f"| `--learning-rate {rate}` | {row} |" in text
 
 
+@pytest.mark.slow
 def test_each_figure_is_drawn_and_shown(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     figures = importlib.import_module("figures")
@@ -188,7 +192,6 @@ def test_what_the_pages_outside_the_manual_link_to_is_there(name):
     assert targets
     for path, anchor in targets:
         assert (ROOT / path).exists(), path
-        headings = re.findall(r"^#+ (.*)$", page(path), re.MULTILINE) if anchor else [anchor]
-        assert anchor in [
-            h and re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings
-        ]
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", page(path), re.MULTILINE)
+            assert anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor
