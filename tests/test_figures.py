@@ -1,11 +1,14 @@
 """The tables that users read say what the committed results say."""
 
+import csv
+import importlib
 import importlib.util
 import json
 import os
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -30,6 +33,36 @@ def benchmark(name, monkeypatch):
     return module
 
 
+def test_the_table_of_the_readme():
+    """Test errors of compare_async.py, and pushes to the target over those of stale gradients."""
+
+    def found(table, column):
+        file = RESULTS / "compare_async" / "mnist" / f"{table}.csv"
+        rows = csv.DictReader(file.read_text().splitlines())
+        return {
+            (row["method"], row["workers"]): float(row[column] or "nan")
+            for row in rows
+            if row["momentum"] == "0"
+        }
+
+    errors = found("test_error", "test_error_mean")
+    pushes = found("pushes_to_target", "pushes_to_target_mean")
+    names = {
+        "stale gradients as they are": "ASGD",
+        "the step divided by √τ": "lr/sqrt-tau",
+        "MXNet's default, `lamda=0.04`": "DC-c",
+        "`add_delay_compensation()`": "DC-a-clipped",
+        "`robust_delay_compensation()`": "robust",
+    }
+    for name, method in names.items():
+        cells = []
+        for m in ("8", "16", "32"):
+            ratio = f" ({pushes[method, m] / pushes['ASGD', m]:.2f})" if method != "ASGD" else ""
+            cells.append(f"{100 * errors[method, m]:.1f} %{ratio}")
+        row = f"| {name} | {' | '.join(cells)} |"
+        assert row in page("README.md"), row
+
+
 def linked(pattern, text):
     """The result files that a page links to."""
     names = re.findall(rf"benchmarks/results/({pattern})\)", text)
@@ -40,8 +73,8 @@ def linked(pattern, text):
 @pytest.mark.parametrize(
     ("script", "result", "where"),
     [
-        ("update", "update-cpu-epyc-jax-0.10.2.json", "README.md"),
-        ("tpu_compile", "tpu-compile-jax-0.12.json", "README.md"),
+        ("update", "update-cpu-epyc-jax-0.10.2.json", "docs/speed.md"),
+        ("tpu_compile", "tpu-compile-jax-0.12.json", "docs/speed.md"),
         ("state_memory", "state-memory.json", "docs/spmd.md"),
     ],
 )
@@ -57,7 +90,7 @@ def test_a_table_is_what_its_script_prints(script, result, where, monkeypatch):
 
 def test_the_ratios_of_other_runs():
     """A column a file, in the order in which they are linked."""
-    section = page("README.md").partition("Other runs on machines")[2].partition("\n### ")[0]
+    section = page("docs/speed.md").partition("Other runs on machines")[2].partition("\n## ")[0]
     cases = [results(name)["cases"] for name in linked(r"update-cpu-[\w.-]+?\.json", section)]
     columns = [c["one array of 16.8 M"] for c in cases if "one array of 16.8 M" in c]
     rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", section, re.MULTILINE)
@@ -68,14 +101,10 @@ def test_the_ratios_of_other_runs():
 
 
 def test_the_speed_of_the_parameter_server():
-    """Of two tables: the README has one more column, the page one for each loop."""
     for case, digits in (("16.8 M parameters, 2 workers", 0), ("1,000 parameters, 4 workers", 1)):
         figures = results("parameter-server-ray-2.60.json")["speed"][case]
         medians, ratios = figures["milliseconds a push"], figures["ratio"]
         train, rounds = medians.pop("train"), figures["rounds"]["train"]
-        loop = f"{medians['plain loop']:.{digits}f}"
-        row = f"| {case} | {loop} | {train:.{digits}f} | {ratios['plain loop']:.1f} |"
-        assert row in page("README.md"), row
         cells = [f"{ms:.{digits}f} ({ratios[name]:.1f})" for name, ms in medians.items()]
         ours = f"{train:.{digits}f} ({min(rounds):.{digits}f} to {max(rounds):.{digits}f})"
         row = f"| {case} | {' | '.join(cells)} | {ours} |"
@@ -92,7 +121,7 @@ def test_the_tables_and_sentences_of_compare_async(study):
         assert line in text, line
 
 
-ROBUST = {  # the rows' names in the README
+ROBUST = {  # the rows' names in the page
     "`robust_delay_compensation()`": "robust",
     "the step divided by √τ": "lr/√τ",
     "Gap-Aware": "gap-aware",
@@ -101,7 +130,7 @@ ROBUST = {  # the rows' names in the README
 
 
 def test_the_figures_of_robust():
-    text = page("README.md")
+    text = page("docs/asynchronous.md")
     found = results("robust-search.json")["digits, seeds 400 to 407"]["results"]
     for name, method in ROBUST.items():
         plain, momentum = found[method].values()
@@ -128,3 +157,41 @@ def test_the_figures_of_robust():
             cells.append(f"{best:.0f}{ratio}")
         row = f"| {name} | {' | '.join(cells)} |"
         assert row in text.replace(" *", ""), row
+
+
+@pytest.mark.parametrize("rate", ["0.02", "0.05", "0.1", "0.2", "0.4"])
+def test_the_figures_of_train_flax(rate):
+    curves = results(f"train_flax/learning_rate_{rate}.json")["curves"]
+    final = [
+        100 * np.array([run["test accuracy"][-1] for run in curves[method]])
+        for method in ("fresh", "stale", "compensated")
+    ]
+    text = page("docs/measured.md")
+    if rate == "0.2":  # the default
+        for accuracy in final:
+            assert f"| {accuracy.mean():.1f} ± {accuracy.std(ddof=1):.1f} % |" in text
+    else:
+        row = " | ".join(f"{accuracy.mean():.1f} %" for accuracy in final)
+        assert f"| `--learning-rate {rate}` | {row} |" in text
+
+
+@pytest.mark.slow
+def test_each_figure_is_drawn_and_shown(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    figures = importlib.import_module("figures")
+    figures.main(["--out", str(tmp_path)])
+    drawn = {path.name for path in tmp_path.glob("*.svg")}
+    assert drawn == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    text = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    assert drawn <= {*re.findall(r"\(figures/(\w+\.svg)\)", text)}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_what_the_pages_outside_the_manual_link_to_is_there(name):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", page(name))
+    assert targets
+    for path, anchor in targets:
+        assert (ROOT / path).exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", page(path), re.MULTILINE)
+            assert anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor

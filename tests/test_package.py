@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import operator
 import pathlib
 import re
 import subprocess
@@ -13,7 +14,6 @@ import pytest
 import optax_dcasgd
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 MODULES = ["rules", "sources", "mxnet", "simulation", "diagnostics", "parameter_server"]
 
 
@@ -57,6 +57,15 @@ def test_the_public_names_are_there():
     assert not expected - {name for name, value in public().items() if callable(value)}
     assert {*MODULES} <= {*optax_dcasgd.__all__}
     assert {*optax_dcasgd.__all__} <= {*dir(optax_dcasgd), *MODULES}
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.rst"))
+    found = re.findall(r"^\.\. auto(?:function|class):: optax_dcasgd\.(\S+)$", pages, re.MULTILINE)
+    documented = [operator.attrgetter(name)(optax_dcasgd) for name in found]
+    assert len({*found}) == len(found)
+    for name, value in public().items():
+        assert any(value is other for other in documented), name
 
 
 def test_every_public_name_is_documented_with_an_example():
@@ -132,23 +141,34 @@ def run(block, names):
     return names
 
 
-def readme_blocks(*, on_ray):
-    return [block for block in blocks("README.md") if ("parameter_server" in block) == on_ray]
+def test_the_example_of_the_readme_runs():
+    (block,) = blocks("README.md")
+    assert np.all(run(block, {})["params"]["w"] < 0.985)  # it was 0.99 before the update
 
 
-def test_the_examples_of_the_readme_run(capsys):
-    before, simulated = (run(block, {}) for block in readme_blocks(on_ray=False))
-    assert np.all(before["params"]["w"] < 0.985)  # it was 0.99 before the update
-    history = simulated["result"].history
+@pytest.mark.slow
+def test_the_page_to_start_from_runs(capsys):
+    """One block after the other; the one on Ray is the next test's."""
+    names = {}
+    for block in blocks("docs/start.md"):
+        if "parameter_server" not in block:
+            run(block, names)
+    assert names["fresh"] < names["compensated"] < 0.5 * names["stale"]
+    history = names["result"].history
     assert history.num_finite == 400
     assert history.loss[-1] < 0.3 < history.loss[0]
     assert "Compensation pays: add_delay_compensation(" in capsys.readouterr().out
 
 
 @pytest.mark.ray
-def test_the_example_of_the_readme_on_ray_runs():
-    (block,) = readme_blocks(on_ray=True)
+def test_the_example_on_ray_runs():
+    (block,) = (block for block in blocks("docs/start.md") if "parameter_server" in block)
     np.testing.assert_allclose(run(block, {})["result"].params, 1, atol=0.01)
+
+
+def test_the_code_of_the_page_on_the_design_runs():
+    (block,) = blocks("docs/design.md")
+    np.testing.assert_allclose(run(block, {})["updates"], -0.1, rtol=1e-6)
 
 
 def test_the_code_of_the_page_on_several_devices_runs():
@@ -168,12 +188,13 @@ def test_the_code_of_the_page_on_several_devices_runs():
     run(pipeline, names)
 
 
-def test_the_readme_has_a_row_for_every_argument_of_mxnet():
+def test_the_page_on_mxnet_has_a_row_for_every_argument():
     """The constructor of MXNet 2.0.0b1's DCASGD and of its base class Optimizer."""
     arguments = (
         "learning_rate momentum lamda use_fused_step rescale_grad param_idx2name wd clip_gradient "
         "lr_scheduler sym begin_num_update multi_precision param_dict aggregate_num"
     )
-    table = README.partition("## Coming from MXNet")[2].partition("\n## ")[0]
+    page = (ROOT / "docs" / "tutorials" / "mxnet.md").read_text()
+    table = page.partition("## Every argument")[2]
     for argument in arguments.split():
         assert re.search(rf"^\| .*`{argument}[=`]", table, re.MULTILINE), argument
