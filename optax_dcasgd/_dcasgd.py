@@ -64,7 +64,8 @@ def dcasgd(
       learning_rate: :math:`\eta`, a float or a schedule.
       momentum: :math:`\mu` in [0, 1), a schedule, or None to keep no buffer.
       lamda: :math:`\lambda_0 \ge 0`, a float or a schedule; 0.04 is MXNet's default.
-      decay: :math:`m` in [0, 1) of DC-ASGD-a, a schedule, or None for DC-ASGD-c (MXNet's).
+      decay: :math:`m` in [0, 1) of DC-ASGD-a, a schedule, or None for DC-ASGD-c (MXNet's). To inject
+        it, or ``momentum``, on bfloat16 parameters, see below.
       eps: :math:`\varepsilon` of DC-ASGD-a, inside the square root; a float or a schedule.
       clip: None, or the largest :math:`|\tilde g - g| / |g|` of a component; a float or a schedule.
       store: What the state remembers to know :math:`w - w_s`.
@@ -93,7 +94,9 @@ def dcasgd(
 
     All but ``store``, ``accumulator_dtype`` and ``implementation`` can be injected by
     ``optax.inject_hyperparams``; there, a dtype class has to be listed, as in
-    ``static_args=("accumulator_dtype",)``.
+    ``static_args=("accumulator_dtype",)``. On bfloat16 parameters it needs
+    ``hyperparam_dtype=jnp.float32``: a ``momentum`` or ``decay`` of 0.999 is 1 in bfloat16, and 1
+    is refused.
 
     Returns:
       A transformation with state `DCASGDState`, whose updates have the dtype of their parameter.

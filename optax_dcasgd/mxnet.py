@@ -80,7 +80,9 @@ def DCASGD(  # noqa: N802 (MXNet's name)
       **not_here: MXNet's other arguments, which have no meaning here, are refused by name.
 
     Under ``optax.inject_hyperparams`` the integers have to be listed, and a scheduler, which is no
-    schedule of Optax's: ``static_args=("begin_num_update", "version", "lr_scheduler")``.
+    schedule of Optax's: ``static_args=("begin_num_update", "version", "lr_scheduler")``. On bfloat16
+    parameters it needs ``hyperparam_dtype=jnp.float32``: a momentum of 0.999 is 1 in bfloat16, and 1
+    is refused.
 
     Returns:
       A transformation for ``optax.apply_updates``. For float32 parameters its updates are those of
@@ -133,6 +135,11 @@ def DCASGD(  # noqa: N802 (MXNet's name)
     for name, mult in (("lr_mult", lr_mult), ("wd_mult", wd_mult)):
         for path, leaf in jax.tree_util.tree_flatten_with_path(mult)[0]:
             _arguments.check_scalar(f"{name}{jax.tree_util.keystr(path)}", leaf, schedule=False)
+    learning_rate, wd, rescale_grad, clip_gradient = (
+        # Injected in the dtype of narrow parameters: Optax's links promote by themselves, or fail.
+        x.astype(_trees.compute_dtype(x)) if isinstance(x, jax.Array) else x
+        for x in (learning_rate, wd, rescale_grad, clip_gradient)
+    )
     schedule = _schedule(learning_rate, lr_scheduler, begin_num_update)
 
     prepare: list[optax.GradientTransformation] = [_widen(), optax.scale(rescale_grad)]

@@ -43,7 +43,8 @@ def scale_by_gap(
 
     Args:
       decay: :math:`\rho` in [0, 1), a float or a schedule. (``optax.inject_hyperparams`` needs
-        ``hyperparam_dtype=jnp.float32`` for bfloat16 parameters: 0.999 is 1 in bfloat16.)
+        ``hyperparam_dtype=jnp.float32`` for bfloat16 parameters: 0.999 is 1 in bfloat16, and a
+        decay of 1 is refused.)
       eps: :math:`\varepsilon \ge 0`, a float or a schedule.
       accumulator_dtype: The dtype of :math:`\nu`; by default float32 or that of the parameter,
         whichever is wider.

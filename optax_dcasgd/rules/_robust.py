@@ -57,7 +57,9 @@ def robust_delay_compensation(
 
     Args:
       lamda: :math:`\lambda_0 \ge 0`, a float or a schedule of this transformation's own count.
-      decay: :math:`m` in [0, 1), or a schedule.
+      decay: :math:`m` in [0, 1), or a schedule. (``optax.inject_hyperparams`` needs
+        ``hyperparam_dtype=jnp.float32`` for bfloat16 parameters: 0.999 is 1 in bfloat16, and a
+        decay of 1 is refused.)
       max_norm: :math:`c > 0`, or None for no limit, or a schedule.
       power: :math:`p \ge 0`, or a schedule; 0 leaves the step its size.
       eps: :math:`\varepsilon \ge 0`, or a schedule.
