@@ -64,8 +64,8 @@ def dcasgd(
       learning_rate: :math:`\eta`, a float or a schedule.
       momentum: :math:`\mu` in [0, 1), a schedule, or None to keep no buffer.
       lamda: :math:`\lambda_0 \ge 0`, a float or a schedule; 0.04 is MXNet's default.
-      decay: :math:`m` in [0, 1) of DC-ASGD-a, a schedule, or None for DC-ASGD-c (MXNet's). To inject
-        it, or ``momentum``, on bfloat16 parameters, see below.
+      decay: :math:`m` in [0, 1) of DC-ASGD-a, a schedule, or None for DC-ASGD-c (MXNet's). On
+        injecting it, or ``momentum``, for bfloat16 parameters see below.
       eps: :math:`\varepsilon` of DC-ASGD-a, inside the square root; a float or a schedule.
       clip: None, or the largest :math:`|\tilde g - g| / |g|` of a component; a float or a schedule.
       store: What the state remembers to know :math:`w - w_s`.

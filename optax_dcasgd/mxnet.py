@@ -80,9 +80,9 @@ def DCASGD(  # noqa: N802 (MXNet's name)
       **not_here: MXNet's other arguments, which have no meaning here, are refused by name.
 
     Under ``optax.inject_hyperparams`` the integers have to be listed, and a scheduler, which is no
-    schedule of Optax's: ``static_args=("begin_num_update", "version", "lr_scheduler")``. On bfloat16
-    parameters it needs ``hyperparam_dtype=jnp.float32``: a momentum of 0.999 is 1 in bfloat16, and 1
-    is refused.
+    schedule of Optax's: ``static_args=("begin_num_update", "version", "lr_scheduler")``. On
+    bfloat16 parameters it needs ``hyperparam_dtype=jnp.float32``: a momentum of 0.999 is 1 in
+    bfloat16, and 1 is refused.
 
     Returns:
       A transformation for ``optax.apply_updates``. For float32 parameters its updates are those of
