@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _arguments, _checks, _trees, kernels
+from optax_dcasgd import _arguments, _checks, _stale_params, _trees, kernels
 from optax_dcasgd._arguments import ScalarOrSchedule
 from optax_dcasgd._hyperparameters import Hyperparameters, at_count
 from optax_dcasgd.kernels import Operands, Results
@@ -282,7 +282,6 @@ def _make(
         worker: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, DCASGDState]:
-        del extra_args
         _checks.check_updates(grads, params, "grads" if step else "updates")
         _checks.check_mode(state, "prev_params", "store", store, kept=store == "params")
         _checks.check_mode(state, "momentum", "momentum", momentum, kept=keeps_buffer)
@@ -290,7 +289,9 @@ def _make(
         _checks.check_state(params, state.momentum, state.nu)
         _checks.check_state(params, state.prev_params, same_dtype=True)
         if stale_params is not None or store is None:
-            stale_params = _checks.check_stale_params(stale_params, params)
+            stale_params = _stale_params.check(
+                stale_params, params, state, extra_args.get("staleness")
+            )
         elif worker is not None:
             raise ValueError(
                 f"worker was passed, but store={store!r} remembers one copy of the parameters, not "

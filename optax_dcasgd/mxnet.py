@@ -135,16 +135,14 @@ def DCASGD(  # noqa: N802 (MXNet's name)
     for name, mult in (("lr_mult", lr_mult), ("wd_mult", wd_mult)):
         for path, leaf in jax.tree_util.tree_flatten_with_path(mult)[0]:
             _arguments.check_scalar(f"{name}{jax.tree_util.keystr(path)}", leaf, schedule=False)
-    learning_rate, wd, rescale_grad, clip_gradient = (
-        # Injected in the dtype of narrow parameters: Optax's links promote by themselves, or fail.
-        x.astype(_trees.compute_dtype(x)) if isinstance(x, jax.Array) else x
-        for x in (learning_rate, wd, rescale_grad, clip_gradient)
-    )
-    schedule = _schedule(learning_rate, lr_scheduler, begin_num_update)
+    schedule = _schedule(_at_least_float32(learning_rate), lr_scheduler, begin_num_update)
 
-    prepare: list[optax.GradientTransformation] = [_widen(), optax.scale(rescale_grad)]
+    prepare: list[optax.GradientTransformation] = [
+        _widen(),
+        optax.scale(_at_least_float32(rescale_grad)),
+    ]
     if clip_gradient is not None:
-        prepare.append(optax.clip(clip_gradient))
+        prepare.append(optax.clip(_at_least_float32(clip_gradient)))
     has_decay = wd_mult is not None or not _is_zero(wd)
     decayed_weights = [_add_decayed_weights(wd, wd_mult)] if has_decay else []
     buffer = None if _is_zero(momentum) else momentum
@@ -179,6 +177,11 @@ def _schedule(learning_rate: Any, lr_scheduler: Any, begin_num_update: int) -> A
             "MXNet. Pass learning_rate=None for the scheduler's own, or make them equal."
         )
     return lambda count: lr_scheduler(begin_num_update + 1 + count)
+
+
+def _at_least_float32(x: Any) -> Any:
+    """For the links of Optax: what is injected has the dtype of the parameters, maybe narrow."""
+    return x.astype(_trees.compute_dtype(x)) if isinstance(x, jax.Array) else x
 
 
 def _is_zero(x: Any) -> bool:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _arguments, _checks, _trees
+from optax_dcasgd import _arguments, _checks, _stale_params, _trees
 from optax_dcasgd._arguments import ScalarOrSchedule
 from optax_dcasgd._hyperparameters import Hyperparameters, at_count, cast
 from optax_dcasgd._mathematics import moving_average
@@ -94,11 +94,10 @@ def scale_by_gap(
         stale_params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByGapState]:
-        del extra_args
         _checks.check_updates(updates, params)
         _checks.check_state(params, state.nu)
         _checks.check_state(params, state.prev_params, same_dtype=True)
-        stale_params = _checks.check_stale_params(stale_params, params)
+        stale_params = _stale_params.check(stale_params, params, state, extra_args.get("staleness"))
         now = at_count(hyperparams, state.count)
         first = state.count == 0
 
