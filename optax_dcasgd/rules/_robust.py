@@ -162,7 +162,7 @@ def _units(params: Any, unit_axes: Any) -> Any:
         name = jax.tree_util.keystr(path)
         if callable(unit_axes):
             axes = unit_axes(path, param)
-        shape = jnp.shape(param)
+        shape = np.shape(param)
         axes = _check_axes(f"unit_axes of params{name}", axes) if shape else ()
         if not all(-len(shape) <= axis < len(shape) for axis in axes):
             raise ValueError(
