@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_dcasgd import _trees
+
 # A number, a traced or injected scalar, or a schedule: a function of the update count.
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 
@@ -33,7 +35,8 @@ def check_scalar(
 
     Raises:
       TypeError: If the value is no real scalar and no schedule.
-      ValueError: If it is a number outside the range, or an array that is not 0-d.
+      ValueError: If it is a number outside the range, or an array that is not 0-d. (Of JAX's arrays
+        only a decay is read, and only where it is not traced.)
     """
     if (value is None and optional) or (schedule and callable(value)):
         return
@@ -45,8 +48,9 @@ def check_scalar(
             jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
         ):
             raise TypeError(f"{name} must be {wanted}; got an array of dtype {value.dtype}.")
-        if isinstance(value, jax.Array):  # reading its value would block, or fail under a trace
-            return
+        is_known = not isinstance(value, jax.core.Tracer)
+        if isinstance(value, jax.Array) and not (is_known and below < math.inf):
+            return  # reading a value blocks; worth it for a decay, whose rounding may end at 1
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {wanted}; got {value!r}.")
     try:
@@ -57,7 +61,15 @@ def check_scalar(
         bounds = [f"at least {minimum:g}"] if minimum > -math.inf else []
         bounds += [f"above {above:g}"] if above > -math.inf else []
         bounds += [f"below {below:g}"] if below < math.inf else []
-        raise ValueError(f"{name} must be {' and '.join(['finite', *bounds])}; got {value!r}.")
+        hint = (
+            " Under optax.inject_hyperparams, which rounds to the dtype of the parameters, pass "
+            "hyperparam_dtype=jnp.float32."
+            if isinstance(value, jax.Array) and _trees.is_narrow(value.dtype)
+            else ""
+        )
+        raise ValueError(
+            f"{name} must be {' and '.join(['finite', *bounds])}; got {value!r}.{hint}"
+        )
 
 
 def check_integer(name: str, value: Any, *, minimum: float = -math.inf) -> None:

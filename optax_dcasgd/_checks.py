@@ -1,10 +1,11 @@
 """Checks of trees: each raises an error that names the argument, the leaf and the remedy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_dcasgd import _trees
 
@@ -13,6 +14,9 @@ NO_PARAMS_MSG = (
     "You are using a transformation that requires the current value of "
     "parameters, but you are not passing `params` when calling `update`."
 )
+
+# An Equinox module has its activation functions and flags among its leaves.
+OF_EQUINOX = "Of an Equinox model pass eqx.filter(model, eqx.is_inexact_array)."
 
 
 def _children(node: Any) -> tuple[dict[str, Any] | None, Any]:
@@ -48,7 +52,8 @@ def _difference(name: str, tree: Any, like: Any, like_name: str, skip: Any) -> s
     kinds = [
         "a leaf" if c is None else type(x).__name__ for c, x in ((found, tree), (expected, like))
     ]
-    return f"{name} is {kinds[0]} where {like_name} has {kinds[1]}"
+    hint = f". {OF_EQUINOX[:-1]}" if like is None else ""
+    return f"{name} is {kinds[0]} where {like_name} has {kinds[1]}{hint}"
 
 
 def _check_structure(
@@ -66,7 +71,48 @@ def _check_structure(
         raise ValueError(f"{name} must have the structure of {like_name}: {difference}.")
 
 
+def _dtype(name: str, path: Any, leaf: Any) -> Any:
+    """The dtype of a leaf, or None if JAX can make no array of it."""
+    _check_byte_order(name, path, leaf)
+    try:
+        return _trees.dtype_of(leaf)
+    except TypeError:
+        return None
+
+
+def _check_byte_order(name: str, path: Any, leaf: Any) -> None:
+    if isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.isnative:
+        raise TypeError(
+            f"{name}{jax.tree_util.keystr(path)} has dtype {leaf.dtype}, whose byte order JAX does "
+            "not take. Convert it: x.astype(x.dtype.newbyteorder('='))."
+        )
+
+
+def _kind(leaf: Any) -> str:
+    dtype = getattr(leaf, "dtype", None)
+    return f"is a {type(leaf).__name__}" if dtype is None else f"has dtype {dtype}"
+
+
+def check_arrays(name: str, tree: Any, remedy: str = "") -> None:
+    """Checks that JAX can make an array of every leaf.
+
+    Args:
+      name: What the caller's signature calls the tree, for the message.
+      tree: The tree.
+      remedy: What to do about a leaf that is no array, for the message.
+
+    Raises:
+      TypeError: Names the first leaf of which it cannot.
+    """
+    is_iterator: Any = lambda x: isinstance(x, Iterator)  # noqa: E731 (JAX warns of them)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_iterator)[0]:
+        if is_iterator(leaf) or _dtype(name, path, leaf) is None:
+            name += jax.tree_util.keystr(path)
+            raise TypeError(f"{name} {_kind(leaf)}, and can be no array of JAX. {remedy}".rstrip())
+
+
 def _check_shape(name: str, path: Any, leaf: Any, shape: tuple[int, ...], like_name: str) -> None:
+    _check_byte_order(name, path, leaf)
     if jnp.shape(leaf) != shape:
         raise ValueError(
             f"{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but {like_name} has "
@@ -87,15 +133,12 @@ def check_params(params: Any) -> None:
       TypeError: Names the first leaf of another dtype.
     """
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        try:
-            dtype = _trees.dtype_of(leaf)
-        except TypeError:
-            dtype = None
+        dtype = _dtype("params", path, leaf)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-            kind = f"is a {type(leaf).__name__}" if dtype is None else f"has dtype {dtype}"
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} {kind}, but only floating-point and complex "
-                "parameters can be trained. Keep it out with optax.masked or optax.partition."
+                f"params{jax.tree_util.keystr(path)} {_kind(leaf)}, but only floating-point and "
+                "complex parameters can be trained. Keep it out with optax.masked or "
+                f"optax.partition. {OF_EQUINOX}"
             )
 
 
@@ -121,6 +164,7 @@ def check_updates(updates: Any, params: Any, argument: str = "updates") -> None:
             if dtype is not None and not jnp.issubdtype(dtype, jnp.number):
                 name = argument + jax.tree_util.keystr(path)
                 raise TypeError(f"{name} has dtype {dtype}, which is no gradient's.")
+            _check_byte_order("params", path, param)
             _check_shape(argument, path, update, jnp.shape(param), "the parameter")
             _check_real(argument, path, update, param)
 
@@ -193,6 +237,8 @@ def align(name: str, tree: Any, params: Any) -> Any:
       ValueError: Names the leaf whose structure or shape differs.
       TypeError: Names the complex leaf where the parameter is real.
     """
+    if tree is params:
+        return tree
     _check_structure(name, tree, params, skip=lambda _, param: _trees.is_masked(param))
 
     def leaf(path: Any, param: Any, value: Any) -> Any:
@@ -203,23 +249,6 @@ def align(name: str, tree: Any, params: Any) -> Any:
         return value
 
     return jax.tree_util.tree_map_with_path(leaf, params, tree, is_leaf=_trees.is_masked)
-
-
-def check_stale_params(stale_params: Any, params: Any) -> Any:
-    """Returns ``stale_params``, given to a rule, with the structure of ``params``.
-
-    Raises:
-      ValueError: If it is missing, or names the leaf whose structure or shape differs.
-      TypeError: Names the complex leaf where the parameter is real.
-    """
-    if stale_params is None:
-        raise ValueError(
-            "stale_params is required: what was the gradient computed at? Either wrap the whole "
-            "optimizer in optax_dcasgd.remember_params (one update ago, or with num_workers=M the "
-            "backup of update(..., worker=i)), or in optax_dcasgd.delay_gradients, or pass "
-            "update(..., stale_params=tree)."
-        )
-    return align("stale_params", stale_params, params)
 
 
 def broadcast_prefix(

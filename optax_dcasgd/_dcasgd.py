@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _arguments, _checks, _trees, kernels
+from optax_dcasgd import _arguments, _checks, _stale_params, _trees, kernels
 from optax_dcasgd._arguments import ScalarOrSchedule
 from optax_dcasgd._hyperparameters import at_count
 from optax_dcasgd.kernels import Operands, Results
@@ -64,7 +64,8 @@ def dcasgd(
       learning_rate: :math:`\eta`, a float or a schedule.
       momentum: :math:`\mu` in [0, 1), a schedule, or None to keep no buffer.
       lamda: :math:`\lambda_0 \ge 0`, a float or a schedule; 0.04 is MXNet's default.
-      decay: :math:`m` in [0, 1) of DC-ASGD-a, a schedule, or None for DC-ASGD-c (MXNet's).
+      decay: :math:`m` in [0, 1) of DC-ASGD-a, a schedule, or None for DC-ASGD-c (MXNet's). On
+        injecting it, or ``momentum``, for bfloat16 parameters see below.
       eps: :math:`\varepsilon` of DC-ASGD-a, inside the square root; a float or a schedule.
       clip: None, or the largest :math:`|\tilde g - g| / |g|` of a component; a float or a schedule.
       store: What the state remembers to know :math:`w - w_s`.
@@ -93,7 +94,9 @@ def dcasgd(
 
     All but ``store``, ``accumulator_dtype`` and ``implementation`` can be injected by
     ``optax.inject_hyperparams``; there, a dtype class has to be listed, as in
-    ``static_args=("accumulator_dtype",)``.
+    ``static_args=("accumulator_dtype",)``. On bfloat16 parameters it needs
+    ``hyperparam_dtype=jnp.float32``: a ``momentum`` or ``decay`` of 0.999 is 1 in bfloat16, and 1
+    is refused.
 
     Returns:
       A transformation with state `DCASGDState`, whose updates have the dtype of their parameter.
@@ -251,7 +254,6 @@ def _make(
         worker: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, DCASGDState]:
-        del extra_args
         _checks.check_updates(grads, params, "grads" if step else "updates")
         _checks.check_mode(state, "prev_params", "store", store, kept=store == "params")
         _checks.check_mode(state, "momentum", "momentum", momentum, kept=keeps_buffer)
@@ -259,7 +261,9 @@ def _make(
         _checks.check_state(params, state.momentum, state.nu)
         _checks.check_state(params, state.prev_params, same_dtype=True)
         if stale_params is not None or store is None:
-            stale_params = _checks.check_stale_params(stale_params, params)
+            stale_params = _stale_params.check(
+                stale_params, params, state, extra_args.get("staleness")
+            )
         elif worker is not None:
             raise ValueError(
                 f"worker was passed, but store={store!r} remembers one copy of the parameters, not "

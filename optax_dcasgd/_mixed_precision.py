@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _arguments, _checks, _trees
+from optax_dcasgd import _arguments, _checks, _stale_params, _trees
 
 
 class MasterWeightsState(NamedTuple):
@@ -83,7 +83,10 @@ def with_master_weights(
         _checks.check_updates(updates, params)
         _checks.check_state(params, state.master)
         if extra_args.get("stale_params") is not None:
-            stale_params = _checks.align("stale_params", extra_args["stale_params"], params)
+            # Here, as the inner optimizer sees the masters in the place of the parameters.
+            stale_params = _stale_params.check(
+                extra_args["stale_params"], params, state, extra_args.get("staleness")
+            )
             extra_args["stale_params"] = _widen(stale_params)
         master = jax.tree.map(
             lambda p, m: _follow(m, p) if _is_narrow(p) else m, params, state.master

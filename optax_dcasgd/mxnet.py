@@ -80,7 +80,9 @@ def DCASGD(  # noqa: N802 (MXNet's name)
       **not_here: MXNet's other arguments, which have no meaning here, are refused by name.
 
     Under ``optax.inject_hyperparams`` the integers have to be listed, and a scheduler, which is no
-    schedule of Optax's: ``static_args=("begin_num_update", "version", "lr_scheduler")``.
+    schedule of Optax's: ``static_args=("begin_num_update", "version", "lr_scheduler")``. On
+    bfloat16 parameters it needs ``hyperparam_dtype=jnp.float32``: a momentum of 0.999 is 1 in
+    bfloat16, and 1 is refused.
 
     Returns:
       A transformation for ``optax.apply_updates``. For float32 parameters its updates are those of
@@ -133,11 +135,14 @@ def DCASGD(  # noqa: N802 (MXNet's name)
     for name, mult in (("lr_mult", lr_mult), ("wd_mult", wd_mult)):
         for path, leaf in jax.tree_util.tree_flatten_with_path(mult)[0]:
             _arguments.check_scalar(f"{name}{jax.tree_util.keystr(path)}", leaf, schedule=False)
-    schedule = _schedule(learning_rate, lr_scheduler, begin_num_update)
+    schedule = _schedule(_at_least_float32(learning_rate), lr_scheduler, begin_num_update)
 
-    prepare: list[optax.GradientTransformation] = [_widen(), optax.scale(rescale_grad)]
+    prepare: list[optax.GradientTransformation] = [
+        _widen(),
+        optax.scale(_at_least_float32(rescale_grad)),
+    ]
     if clip_gradient is not None:
-        prepare.append(optax.clip(clip_gradient))
+        prepare.append(optax.clip(_at_least_float32(clip_gradient)))
     has_decay = wd_mult is not None or not _is_zero(wd)
     decayed_weights = [_add_decayed_weights(wd, wd_mult)] if has_decay else []
     buffer = None if _is_zero(momentum) else momentum
@@ -172,6 +177,11 @@ def _schedule(learning_rate: Any, lr_scheduler: Any, begin_num_update: int) -> A
             "MXNet. Pass learning_rate=None for the scheduler's own, or make them equal."
         )
     return lambda count: lr_scheduler(begin_num_update + 1 + count)
+
+
+def _at_least_float32(x: Any) -> Any:
+    """For the links of Optax: what is injected has the dtype of the parameters, maybe narrow."""
+    return x.astype(_trees.compute_dtype(x)) if isinstance(x, jax.Array) else x
 
 
 def _is_zero(x: Any) -> bool:

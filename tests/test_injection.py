@@ -138,3 +138,63 @@ def test_a_scheduler_of_mxnet_beside_injected_numbers():
     integers = ("begin_num_update", "version")
     injected = optax.inject_hyperparams(dc.mxnet.DCASGD, static_args=(*integers, "lr_scheduler"))
     assert_close(trajectory(injected), trajectory(dc.mxnet.DCASGD))
+
+
+# --- On bfloat16 parameters, whose dtype injected numbers get by default ---
+
+MXNET = functools.partial(
+    optax.inject_hyperparams, static_args=("begin_num_update", "version", "lr_scheduler")
+)
+ALL_FACTORIES = {
+    **{name: (optax.inject_hyperparams, *entry) for name, entry in FACTORIES.items()},
+    "track_velocity": (optax.inject_hyperparams, dc.track_velocity, ("decay",)),
+    **{
+        f"mxnet-{version}": (
+            MXNET,
+            functools.partial(dc.mxnet.DCASGD, version=version),
+            ("learning_rate", "momentum", "lamda", "wd", "rescale_grad", "clip_gradient"),
+        )
+        for version in (1, 2)
+    },
+}
+DECAYS = [
+    (name, argument)
+    for name, (_, _, names) in ALL_FACTORIES.items()
+    for argument in ("decay", "momentum")
+    if argument in names
+]
+HALF = PARAMS.astype(jnp.bfloat16)
+
+
+def of_worker(state):
+    needed = getattr(state.inner_state, "pulled_at", None) is not None
+    return {"worker": 0} if needed else {}
+
+
+@pytest.mark.parametrize(("name", "argument"), DECAYS)
+def test_an_injected_decay_that_rounds_to_one_is_refused(name, argument):
+    inject, factory, _ = ALL_FACTORIES[name]
+    for value in (0.999, lambda count: 0.999):
+        if name == "track_velocity" and callable(value):
+            continue
+        with pytest.raises(ValueError, match=rf"{argument}.*below 1.*hyperparam_dtype=jnp.float32"):
+            inject(factory)(**{argument: value}).init(HALF)
+        state = inject(factory, hyperparam_dtype=jnp.float32)(**{argument: value}).init(HALF)
+        assert state.hyperparams[argument] == jnp.float32(0.999)
+    tx = inject(factory)(**{argument: 0.5})
+    state = tx.init(HALF)
+    state.hyperparams[argument] = jnp.bfloat16(1.0)  # what a schedule of one's own may write
+    with pytest.raises(ValueError, match=rf"{argument}.*below 1"):
+        tx.update(HALF, state, HALF, **of_worker(state))
+
+
+@pytest.mark.parametrize("name", ALL_FACTORIES)
+def test_injected_numbers_of_another_dtype_need_no_promotion(name):
+    inject, factory, names = ALL_FACTORIES[name]
+    values = {"wd": 0.1, "rescale_grad": 0.5, "clip_gradient": 0.5, **NUMBERS}
+    tx = inject(factory)(**{n: values[n] for n in names})
+    with jax.numpy_dtype_promotion("strict"):
+        state = jax.eval_shape(tx.init, HALF)
+        updates, after = jax.eval_shape(tx.update, HALF, state, HALF, **of_worker(state))
+    assert updates.dtype == jnp.bfloat16
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_dcasgd import _arguments, _trees
+from optax_dcasgd import _arguments, _checks, _trees
 from optax_dcasgd._gradients import check_batches, check_returned
 from optax_dcasgd.parameter_server import _checkpoint
 from optax_dcasgd.parameter_server._history import Result
@@ -67,8 +67,9 @@ def train(
         ``staleness``.
       batches: A function from an int i to batch i, called by the workers (for batch 0 also to
         compile, and by the caller to check the shapes); or a pytree whose leaves have a leading
-        axis of any size n: batch i is ``leaf[i % n]``. A batch that was lost with a worker, or
-        dropped, goes to another worker. If more workers die over it than there are, it is refused.
+        axis of any size n: batch i is ``leaf[i % n]``. (Of a list, ``lambda i: batches[i]``.) A
+        batch that was lost with a worker, or dropped, goes to another worker. If more workers die
+        over it than there are, it is refused.
       num_workers: M, the number of workers.
       num_updates: How many gradients to apply, with those before a resumed checkpoint.
       mode: "async", or "sync": one update with the mean of all workers' gradients at the same
@@ -166,6 +167,7 @@ def train(
             )
     key = jax.random.key(0) if key is None else key
     _arguments.check_key("key", key)
+    _checks.check_arrays("params", params, _checks.OF_EQUINOX)
     params = _trees.copy(params)
     check_batches(batches, None)
     if not callable(batches):

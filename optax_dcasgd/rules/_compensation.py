@@ -41,6 +41,8 @@ def add_delay_compensation(
         gradient of a mean over B samples makes :math:`g^2` about 1/B of the Fisher diagonal, so the
         λ of DC-ASGD-c that fits grows with B.
       decay: :math:`m` in [0, 1) of DC-ASGD-a, or None for DC-ASGD-c. Or a schedule.
+        (``optax.inject_hyperparams`` needs ``hyperparam_dtype=jnp.float32`` for bfloat16
+        parameters: 0.999 is 1 in bfloat16, and a decay of 1 is refused.)
       eps: :math:`\varepsilon`, inside the square root. Only DC-ASGD-a uses it. Or a schedule.
       clip: None, or the largest :math:`|\tilde g - g| / |g|` of a component; 1 keeps the sign of
         the gradient. Or a schedule.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _checks, _trees
+from optax_dcasgd import _checks, _stale_params, _trees
 from optax_dcasgd._hyperparameters import Hyperparameters, at_count, cast
 
 # (g, w − w_s or None where it is zero, ν or None, hyperparameters) -> (g̃, ν')
@@ -88,7 +88,6 @@ def transformation(
         stale_params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RuleState]:
-        del extra_args
         _checks.check_updates(updates, params)
         _checks.check_mode(state, "nu", "decay", hyperparams.get("decay"), kept=nu_like is not None)
         if nu_like is not None:
@@ -97,7 +96,7 @@ def transformation(
             rule,
             updates,
             params,
-            _checks.check_stale_params(stale_params, params),
+            _stale_params.check(stale_params, params, state, extra_args.get("staleness")),
             state.nu,
             at_count(hyperparams, state.count),
         )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_dcasgd import _arguments, _checks, _trees
+from optax_dcasgd import _arguments, _checks, _stale_params, _trees
 from optax_dcasgd._arguments import ScalarOrSchedule
 from optax_dcasgd._hyperparameters import Hyperparameters, at_count, cast
 from optax_dcasgd._mathematics import moving_average
@@ -43,7 +43,8 @@ def scale_by_gap(
 
     Args:
       decay: :math:`\rho` in [0, 1), a float or a schedule. (``optax.inject_hyperparams`` needs
-        ``hyperparam_dtype=jnp.float32`` for bfloat16 parameters: 0.999 is 1 in bfloat16.)
+        ``hyperparam_dtype=jnp.float32`` for bfloat16 parameters: 0.999 is 1 in bfloat16, and a
+        decay of 1 is refused.)
       eps: :math:`\varepsilon \ge 0`, a float or a schedule.
       accumulator_dtype: The dtype of :math:`\nu`; by default float32 or that of the parameter,
         whichever is wider.
@@ -93,11 +94,10 @@ def scale_by_gap(
         stale_params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByGapState]:
-        del extra_args
         _checks.check_updates(updates, params)
         _checks.check_state(params, state.nu)
         _checks.check_state(params, state.prev_params, same_dtype=True)
-        stale_params = _checks.check_stale_params(stale_params, params)
+        stale_params = _stale_params.check(stale_params, params, state, extra_args.get("staleness"))
         now = at_count(hyperparams, state.count)
         first = state.count == 0
 

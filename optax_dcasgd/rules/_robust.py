@@ -57,7 +57,9 @@ def robust_delay_compensation(
 
     Args:
       lamda: :math:`\lambda_0 \ge 0`, a float or a schedule of this transformation's own count.
-      decay: :math:`m` in [0, 1), or a schedule.
+      decay: :math:`m` in [0, 1), or a schedule. (``optax.inject_hyperparams`` needs
+        ``hyperparam_dtype=jnp.float32`` for bfloat16 parameters: 0.999 is 1 in bfloat16, and a
+        decay of 1 is refused.)
       max_norm: :math:`c > 0`, or None for no limit, or a schedule.
       power: :math:`p \ge 0`, or a schedule; 0 leaves the step its size.
       eps: :math:`\varepsilon \ge 0`, or a schedule.
@@ -160,7 +162,7 @@ def _units(params: Any, unit_axes: Any) -> Any:
         name = jax.tree_util.keystr(path)
         if callable(unit_axes):
             axes = unit_axes(path, param)
-        shape = jnp.shape(param)
+        shape = np.shape(param)
         axes = _check_axes(f"unit_axes of params{name}", axes) if shape else ()
         if not all(-len(shape) <= axis < len(shape) for axis in axes):
             raise ValueError(

@@ -66,6 +66,7 @@ def scale_by_staleness(power: ScalarOrSchedule = 1.0) -> optax.GradientTransform
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
+        _checks.check_arrays("updates", updates)
         if staleness is None:
             raise ValueError(
                 "staleness is required, the number of updates since the parameters of the gradient "

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jax.extend.core import get_opaque_trace_state
 
-from optax_dcasgd import _arguments, _trees
+from optax_dcasgd import _arguments, _checks, _trees
 from optax_dcasgd._gradients import GradFn, batch_at, check_batches, check_grad_fn, row
 from optax_dcasgd.simulation import _arrivals, _steps
 from optax_dcasgd.simulation._arrivals import Arrivals
@@ -81,9 +81,10 @@ def run(
         in ``remember_params(tx)`` what is passed wins over what is remembered.
       batches: A pytree whose leaves have a leading axis of size num_updates: batch t is
         ``leaf[t]``. Or a function from t (a traced int32 scalar) to batch t, so that not all have
-        to be in memory: ``lambda t: (x[index[t]], y[index[t]])``. With ``arrivals.batch``, push t
-        uses batch ``arrivals.batch[t]`` and its key. The leading axis may then have any size n:
-        batch i is ``leaf[i % n]``.
+        to be in memory: ``lambda t: (x[index[t]], y[index[t]])``. (Of a list of batches make such
+        a pytree: ``jax.tree.map(lambda *x: jnp.stack(x), *batches)``.) With ``arrivals.batch``,
+        push t uses batch ``arrivals.batch[t]`` and its key. The leading axis may then have any size
+        n: batch i is ``leaf[i % n]``.
       arrivals: From `arrivals`, or `Arrivals` that a real run recorded.
       mode: "async", "sync" or "sequential", as above.
       evaluate: ``evaluate(params)``, traceable, returns a pytree of arrays; or None.
@@ -145,6 +146,7 @@ def run(
     key = jax.random.key(0) if key is None else key
     _arguments.check_key("key", key)
     num_workers = _arrivals.check(arrivals)
+    _checks.check_arrays("params", params, _checks.OF_EQUINOX)
     params = _trees.copy(params)  # arrays of their own dtype, none of them weak
     num_updates = jnp.shape(arrivals.worker)[0]
     check_batches(batches, num_updates if arrivals.batch is None else None)

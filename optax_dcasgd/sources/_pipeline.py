@@ -9,6 +9,8 @@ import numpy as np
 import optax
 
 from optax_dcasgd import _arguments, _checks, _trees
+from optax_dcasgd._hyperparameters import as_dtype, cast
+from optax_dcasgd._mathematics import scale
 
 
 def pipeline_delays(params: Any, layers: Sequence[str | tuple[str, ...]], num_stages: int) -> Any:
@@ -100,6 +102,8 @@ def track_velocity(
 
     Args:
       decay: :math:`\gamma` in [0, 1). With 0, the velocity is the last update.
+        (``optax.inject_hyperparams`` needs ``hyperparam_dtype=jnp.float32`` for bfloat16
+        parameters: 0.999 is 1 in bfloat16, and a decay of 1 is refused.)
       accumulator_dtype: The dtype of the average; by default float32 or that of the parameter,
         whichever is wider.
 
@@ -144,8 +148,11 @@ def track_velocity(
         def average(update: Any, velocity: Any) -> Any:
             if update is None:  # leaves the parameters below where they are: counts as zero
                 return jax.tree.map(lambda v: average(0, v), velocity)
-            new = jnp.asarray(update, _trees.compute_dtype(velocity))
-            return (decay * velocity + (1 - decay) * new).astype(velocity.dtype)
+            dtype = _trees.compute_dtype(velocity)
+            numbers = cast({"decay": decay}, _trees.real_dtype(dtype))
+            old = scale(velocity.astype(dtype), numbers["decay"])
+            new = scale(jnp.asarray(update, dtype), numbers["1 - decay"])
+            return (old + new).astype(velocity.dtype)
 
         velocity = jax.tree.map(average, updates, state.velocity, is_leaf=_trees.is_none)
         return updates, TrackVelocityState(velocity)
@@ -223,7 +230,8 @@ def predict_params(params: optax.Params, state: Any, steps: Any) -> optax.Params
         if _trees.is_masked(delta) or (isinstance(s, int) and s == 0):
             return param
         dtype = _trees.compute_dtype(param, delta)
-        predicted = jnp.asarray(param, dtype) + s * delta.astype(dtype)
+        moved = scale(delta.astype(dtype), as_dtype(s, _trees.real_dtype(dtype)))
+        predicted = jnp.asarray(param, dtype) + moved
         return predicted.astype(_trees.dtype_of(param))
 
     return jax.tree.map(ahead, velocity, params, steps, is_leaf=_trees.is_masked)
