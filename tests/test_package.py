@@ -50,7 +50,7 @@ def test_the_public_names_are_there():
         "rules.": "transformation",
         "mxnet.": "DCASGD",
         "simulation.": "Arrivals arrivals deterministic exponential lognormal run",
-        "diagnostics.": "collect diagnose fit pairs quality",
+        "diagnostics.": "collect diagnose fit overhead pairs quality",
         "parameter_server.": "resize train",
     }
     expected = {f"optax_dcasgd.{m}{name}" for m, text in names.items() for name in text.split()}
