@@ -1,204 +1,172 @@
 """Data parallelism with the all-reduce of gradients under the next step's compute.
 
 The convolutional model of ``train_flax.py`` learns real MNIST images from batches that are split
-over eight devices, in one program made with `jax.shard_map`:
+over eight devices, in one program made with `jax.shard_map`. Fresh: every step waits for the mean
+of the gradients it has just computed. Stale: `optax_dcasgd.overlap_reduction` applies the mean one
+update late, so that it can be computed while the next step computes its gradients. Beside them
+stands all of ``stale_methods.py`` that can be done about that update of delay, under SGD with
+momentum, Adam and Muon. Run it with
 
-* synchronous: every step waits for the mean of the gradients it has just computed;
-* overlapped: `optax_dcasgd.overlap_reduction` applies the mean one update late, so that it can be
-  computed while the next step computes its gradients;
-* compensated: the same around `optax_dcasgd.dcasgd`, which corrects gradients one update old from
-  nothing but its momentum.
-
-It prints the test accuracies at several learning rates and saves them as a plot
-(``accuracy.png``) and as numbers (``results.json``). Run it with
-
+    python examples/overlapped_data_parallel.py --quick
     python examples/overlapped_data_parallel.py
 
+It prints the test accuracies at every learning rate, says which of them differ from fresh training,
+and saves the tables (``tables.md``) and the curves (``curves.png``). Every finished cell
+(optimizer, method, learning rate) is one line of ``cells.jsonl``, and is not run again: the same
+command goes on where it was interrupted.
+
 The devices are virtual ones on the CPU, and so nothing is faster here: this is about what one
-update of staleness costs in accuracy, and what compensation gives back. What the TPU compiler makes
-of such a step is in ``benchmarks/tpu_overlap.py``.
+update of staleness costs in accuracy, and what gives it back. What the TPU compiler makes of such a
+step is in ``benchmarks/tpu_overlap.py``.
 """
 
 import argparse
-import json
-import time
-from collections.abc import Callable
-from pathlib import Path
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import count, fraction, make_folder, mean_and_std, number, positive
+import stale_methods
+from common import number
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from matplotlib.figure import Figure
+from stale_methods import METHODS, Cell, ideas_of, make_optimizer
+from stale_report import Measure, run
 from tqdm import tqdm
-from train_flax import (
-    CNN,
-    TRAIN_IMAGES,
-    Images,
-    batches,
-    count_failed,
-    evaluate,
-    judge,
-    load_data,
-    percent,
-)
+from train_flax import CNN, TRAIN_IMAGES, batches, load_data
 
-from optax_dcasgd import OverlapReductionState, dcasgd, overlap_reduction
+from optax_dcasgd import OverlapReductionState, overlap_reduction, predict_params
 
 DEVICES = 8  # virtual ones, on the CPU
-METHODS = ("synchronous", "overlapped", "compensated")
+EVALUATE_EVERY = 20  # updates
 OVERLAPPED = OverlapReductionState(count=P(), grads=P("data"), inner_state=P())
-# The defaults of add_delay_compensation; those of dcasgd are MXNet's.
-COMPENSATION = {"lamda": 8.0, "decay": 0.95, "clip": 1.0}
-
-Accuracies = dict[str, list[list[float]]]  # by method; for each learning rate, one for each seed
+FULL = {"updates": 1000, "seeds": 5, "methods": list(METHODS)}
+FULL |= {"sgd_rates": [0.005, 0.02, 0.05, 0.1, 0.15], "adam_rates": [0.001, 0.003, 0.01]}
+FULL |= {"muon_rates": [0.003, 0.01, 0.03]}
+QUICK = {"updates": 120, "seeds": 3, "methods": ["fresh", "stale", "predicted+robust"]}
+QUICK |= {"sgd_rates": [0.02, 0.1], "adam_rates": [], "muon_rates": []}
 
 
 def make_steps(
-    method: str, graphdef: nnx.GraphDef, mesh: Mesh, args: argparse.Namespace
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The jitted ``init(params)`` and ``train_step(params, opt_state, batch, learning_rate)``.
+    optimizer: str, overlapped: bool, graphdef: nnx.GraphDef, mesh: Mesh
+) -> tuple[Any, Any]:
+    """The jitted ``init(params)`` and ``advance(params, opt_state, batches, learning_rate, on)``.
 
-    The learning rate is an argument so that one compilation serves all of them.
+    ``batches`` are images of shape (updates, batch size, 28, 28, 1), and their labels; ``on`` says
+    which ideas of ``stale_methods.py`` are used.
     """
 
-    def optimizer(learning_rate: jax.Array) -> optax.GradientTransformationExtraArgs:
-        # With lamda=0, dcasgd is SGD with momentum.
-        rule = COMPENSATION if method == "compensated" else {"lamda": 0.0}
-        sgd = dcasgd(learning_rate, args.momentum, **rule, store="updates")
-        return sgd if method == "synchronous" else overlap_reduction(sgd, "data")
+    def make(learning_rate: Any, on: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+        tx = make_optimizer(optimizer, learning_rate, on)
+        return overlap_reduction(tx, "data") if overlapped else tx
 
     def loss_fn(params: nnx.State, images: jax.Array, labels: jax.Array) -> jax.Array:
         logits = nnx.merge(graphdef, params)(images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def train_step(
-        params: nnx.State, opt_state: Any, batch: Images, learning_rate: jax.Array
+    def advance(
+        params: nnx.State, opt_state: Any, batches: Any, learning_rate: jax.Array, on: Any
     ) -> tuple[nnx.State, Any]:
-        local = jax.lax.pcast(params, "data", to="varying")  # for gradients of this device alone
-        grads = jax.grad(loss_fn)(local, *batch)
-        if method == "synchronous":
-            grads = jax.lax.pmean(grads, "data")
-        updates, opt_state = optimizer(learning_rate).update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        tx = make(learning_rate, on)
+
+        def step(carry: Any, batch: Any) -> tuple[Any, None]:
+            params, opt_state = carry
+            # Where the parameters will be when the gradient is applied, or are now.
+            at = predict_params(params, opt_state, on["predicted"])
+            local = jax.lax.pcast(at, "data", to="varying")  # for gradients of this device alone
+            grads = jax.grad(loss_fn)(local, *batch)
+            if not overlapped:
+                grads = jax.lax.pmean(grads, "data")
+            updates, opt_state = tx.update(grads, opt_state, params, stale_params=at, staleness=0)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        return jax.lax.scan(step, (params, opt_state), batches)[0]
 
     def init(params: nnx.State) -> Any:
-        return optimizer(jnp.float32(0)).init(params)
+        return make(0.1, ideas_of("all-three")).init(params)
 
-    specs = P() if method == "synchronous" else OVERLAPPED
+    specs = OVERLAPPED if overlapped else P()
     init = jax.shard_map(init, mesh=mesh, in_specs=P(), out_specs=specs)
-    train_step = jax.shard_map(
-        train_step, mesh=mesh, in_specs=(P(), specs, P("data"), P()), out_specs=(P(), specs)
-    )
-    return jax.jit(init), jax.jit(train_step, donate_argnums=(0, 1))
+    in_specs = (P(), specs, P(None, "data"), P(), P())
+    advance = jax.shard_map(advance, mesh=mesh, in_specs=in_specs, out_specs=(P(), specs))
+    return jax.jit(init), jax.jit(advance, donate_argnums=(0, 1))
 
 
-def train(
-    method: str, data: tuple[Images, Images], mesh: Mesh, args: argparse.Namespace, bar: tqdm
-) -> list[list[float]]:
-    """The test accuracy at the end for every learning rate and seed."""
-    graphdef, _ = nnx.split(CNN(nnx.Rngs(0)), nnx.Param)
-    init, train_step = make_steps(method, graphdef, mesh, args)
-    accuracies = []
-    for learning_rate in args.learning_rates:
-        accuracies.append([])
-        for seed in range(args.seeds):
+class Trainer:
+    """Trains cells, one seed after the other: a convolution is no faster on several at once."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, (self.train, test) = args, load_data()
+        self.mesh = jax.make_mesh((DEVICES,), ("data",), (jax.sharding.AxisType.Auto,))
+        self.graphdef, _ = nnx.split(CNN(nnx.Rngs(0)), nnx.Param)
+        self.steps = functools.lru_cache(maxsize=1)(
+            functools.partial(make_steps, graphdef=self.graphdef, mesh=self.mesh)
+        )
+
+        @jax.jit
+        def evaluate(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+            logits = nnx.merge(self.graphdef, params)(test[0])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, test[1])
+            return losses.mean(), jnp.mean(jnp.argmax(logits, axis=-1) == test[1])
+
+        self.evaluate = evaluate
+
+    def __call__(self, name: Cell, bar: tqdm) -> dict[str, list[list[float]]]:
+        """Test losses and accuracies after every `EVALUATE_EVERY` updates."""
+        method = name["method"]
+        init, advance = self.steps(name["optimizer"], method != "fresh")
+        curves: dict[str, list[list[float]]] = {"loss": [], "accuracy": []}
+        epochs = -(-self.args.updates // (TRAIN_IMAGES // self.args.batch_size))
+        for seed in range(self.args.seeds):
             _, params = nnx.split(CNN(nnx.Rngs(seed)), nnx.Param)
-            params = jax.device_put(params, NamedSharding(mesh, P()))
-            opt_state = init(params)
-            for batch in batches(data[0], args.batch_size, args.epochs, seed):
-                batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
-                # Virtual devices share the CPU's threads: with several steps under way at once they
-                # can wait for each other forever. Real ones need no such wait.
+            params = jax.device_put(params, NamedSharding(self.mesh, P()))
+            opt_state, results = init(params), []
+            stream = batches(self.train, self.args.batch_size, epochs, seed)
+            for _ in range(self.args.updates // EVALUATE_EVERY):
+                chunk = [next(stream) for _ in range(EVALUATE_EVERY)]
+                stacked = tuple(map(np.stack, zip(*chunk, strict=True)))
+                stacked = jax.device_put(stacked, NamedSharding(self.mesh, P(None, "data")))
+                # Virtual devices share the CPU's threads: with several calls under way at once
+                # they can wait for each other forever. Real ones need no such wait.
                 params, opt_state = jax.block_until_ready(
-                    train_step(params, opt_state, batch, learning_rate)
+                    advance(params, opt_state, stacked, name["learning_rate"], ideas_of(method))
                 )
-                bar.update()
-            on_one_device = jax.device_put(jax.device_get(params), jax.devices()[0])
-            accuracies[-1].append(float(evaluate(graphdef, on_one_device, *data[1])))
-            accuracy = percent(accuracies[-1][-1])
-            bar.set_postfix_str(f"{learning_rate=:g}, {seed=}, test accuracy {accuracy}")
-    return accuracies
+                on_one_device = jax.device_put(jax.device_get(params), jax.devices()[0])
+                results.append(np.array(self.evaluate(on_one_device), float))
+                bar.update(EVALUATE_EVERY / self.args.seeds)
+            for key, values in zip(curves, np.transpose(results), strict=True):
+                curves[key].append(values.tolist())
+        return curves
 
 
-def table(accuracies: Accuracies, learning_rates: list[float]) -> str:
-    """Mean ± standard deviation over the seeds, and how many of them failed."""
-    lines = [
-        "| learning rate | " + " | ".join(accuracies) + " |",
-        "|---" * (len(METHODS) + 1) + "|",
-    ]
-    for i, learning_rate in enumerate(learning_rates):
-        cells = []
-        for runs in accuracies.values():
-            failed = count_failed(runs[i])
-            cells.append(f"{mean_and_std(100 * np.array(runs[i]), 1)} %")
-            cells[-1] += f" ({failed} of {len(runs[i])} failed)" if failed else ""
-        lines.append(f"| {learning_rate:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def final(cell: Cell) -> np.ndarray:
+    """The test error of each seed at the end; NaN if it diverged or is near chance, 90 %."""
+    accuracy, loss = cell["accuracy"][:, -1], cell["loss"][:, -1]
+    return np.where((accuracy > 0.2) & np.isfinite(loss), 1 - accuracy, np.nan)
 
 
-def verdict(accuracies: Accuracies, learning_rates: list[float]) -> str:
-    """Says in words, for each learning rate, what staleness and compensation did."""
-    lines = []
-    for i, learning_rate in enumerate(learning_rates):
-        fresh, stale, compensated = (accuracies[method][i] for method in METHODS)
-        (damage, how_much), (effect, gain) = judge(fresh, stale), judge(stale, compensated)
-        lines.append(
-            f"{learning_rate:g}: the update of delay {damage} ({how_much}); "
-            f"compensation {effect} ({gain})."
-        )
-    return "\n".join([*lines, "(Failed: diverged, or under 20 % where chance is 10 %.)"])
-
-
-def plot(accuracies: Accuracies, learning_rates: list[float], title: str, path: Path) -> None:
-    """Draws the mean over seeds, and the range from the lowest to the highest."""
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for (method, runs), style in zip(accuracies.items(), ("o-", "s:", "^--"), strict=True):
-        values = np.nan_to_num(runs)  # a diverged run gets nothing right
-        (line,) = axis.plot(learning_rates, values.mean(1), style, linewidth=2, label=method)
-        axis.fill_between(
-            learning_rates, values.min(1), values.max(1), color=line.get_color(), alpha=0.2, lw=0
-        )
-    axis.set(xlabel="learning rate", ylabel="test accuracy", xscale="log", ylim=(0, 1))
-    axis.set_xticks(learning_rates, [f"{rate:g}" for rate in learning_rates])
-    axis.minorticks_off()
-    axis.yaxis.set_major_formatter("{x:.0%}")
-    axis.grid(alpha=0.3)
-    figure.suptitle(title, fontsize="medium")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=150)
+MEASURE = Measure("test accuracy, %", final, lambda error: 100 * (1 - error), digits=1)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line; whatever cannot be run ends here, before any training."""
     parser = argparse.ArgumentParser(
+        "overlapped_data_parallel.py",
         description="Trains a small Flax classifier on MNIST images on eight virtual devices, with "
-        "synchronous and with overlapped reductions of the gradients, and compares them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "synchronous and with overlapped reductions of the gradients, and compares what can be "
+        "done about the update of delay. What is not given has the value in brackets.",
     )
     batch = number(
         int,
         f"a multiple of {DEVICES} from {DEVICES} to {TRAIN_IMAGES}",
         lambda v: 1 <= v <= TRAIN_IMAGES and v % DEVICES == 0,
     )
-    add = parser.add_argument
-    rates = [0.005, 0.01, 0.02, 0.05, 0.1]
-    add("--learning-rates", type=positive, nargs="+", default=rates, help="of SGD")
-    add("--momentum", type=fraction, default=0.9, help="of SGD")
-    add("--epochs", type=count, default=8, help="passes over the training images")
-    add("--batch-size", type=batch, default=256, help="images an update, over all devices")
-    add("--seeds", type=count, default=3, help="runs of each kind, with seeds 0, 1, ...")
-    out = Path("overlapped_data_parallel_out")
-    add("--out", type=Path, default=out, help="folder for plot and numbers")
-    args = parser.parse_args(argv)
-    make_folder(parser, args.out)
-    return args
+    help = "images an update, over all devices [256]"
+    parser.add_argument("--batch-size", type=batch, default=256, help=help)
+    return stale_methods.parse_args(parser, argv, FULL, QUICK, EVALUATE_EVERY)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -206,33 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    start = time.perf_counter()
-    data = load_data()
-    axis_types = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types)
-    updates = args.epochs * (TRAIN_IMAGES // args.batch_size)
-    total = len(args.learning_rates) * args.seeds * updates
-    accuracies: Accuracies = {}
-    for method in METHODS:
-        with tqdm(total=total, desc=f"{method:11}", unit="update") as bar:
-            accuracies[method] = train(method, data, mesh, args, bar)
-
-    settings = f"{updates} updates of {args.batch_size} images, momentum {args.momentum}"
-    words = verdict(accuracies, args.learning_rates)
-    print(f"\nTest accuracy after {settings}, {args.seeds} seeds\n")
-    print(f"{table(accuracies, args.learning_rates)}\n\n{words}\n")
-
-    seeds = f"line: mean of {args.seeds} seeds, band: lowest to highest"
-    title = f"MNIST on {DEVICES} devices, {settings}\n{seeds}"
-    plot(accuracies, args.learning_rates, title, args.out / "accuracy.png")
-    machine = f"JAX {jax.__version__} on {DEVICES} virtual CPU devices"
-    options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    results = {"machine": machine, "options": options, "accuracies": accuracies}
-    # JSON knows no NaN: null is where a run had diverged.
-    results = jax.tree.map(lambda v: None if v != v else v, results)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{machine}, {time.perf_counter() - start:.0f} s")
-    print(f"Saved {args.out / 'accuracy.png'} and {args.out / 'results.json'}")
+    run(args, {"batch_size": args.batch_size}, Trainer, MEASURE, EVALUATE_EVERY)
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ def mesh_of(devices=8):
 def start(tx, mesh, elsewhere=None, **options):
     """The jitted ``init`` and ``step(params, state, batch)`` on a mesh.
 
-    With ``elsewhere(t, w)`` gradients are computed there, and step takes t too.
+    With ``elsewhere(params, state, t)`` gradients are computed there, and step takes t too.
     """
 
     def step(params, state, batch, *t):
-        at = params if elsewhere is None else jax.tree.map(lambda w: elsewhere(*t, w), params)
+        at = params if elsewhere is None else elsewhere(params, state, *t)
         extra = {} if elsewhere is None else {"stale_params": at}
         grads = jax.grad(loss)(jax.lax.pcast(at, "data", to="varying"), batch)
         updates, state = tx.update(grads, state, params, **extra)

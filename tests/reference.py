@@ -167,3 +167,41 @@ def scale_by_staleness(g, staleness, power=1.0):
     return jax.tree.map(
         lambda g, tau: g / np.maximum(np.float64(tau), 1.0) ** power, wide(g), staleness
     )
+
+
+class Robust:
+    """`robust_delay_compensation` with a neuron's weights along the last axis, unit after unit."""
+
+    def __init__(self, lamda=8.0, decay=0.95, max_norm=2.0, power=0.25, eps=1e-12):
+        self.hyperparams = {"lamda": lamda, "decay": decay, "max_norm": max_norm, "eps": eps}
+        self.power, self.count, self.nu = power, 0, {}
+        self.shrunk, self.limited, self.zeroed = 0, 0, 0
+
+    def __call__(self, grads, params, stale, staleness):
+        now = {k: at(v, self.count) for k, v in self.hyperparams.items()}
+        power = at(self.power, self.count)
+        self.count += 1
+        treedef = jax.tree.structure(grads)
+        trees = (jax.tree.leaves(wide(tree)) for tree in (grads, params, stale))
+        leaves = []
+        for i, (g, w, w_s) in enumerate(zip(*trees, strict=True)):
+            units = g.reshape(-1, g.shape[-1] if g.ndim else 1)
+            delta = (w - w_s).reshape(units.shape)
+            columns = enumerate(zip(units.T, delta.T, strict=True))
+            out = [self.unit(g, d, (i, u), **now) for u, (g, d) in columns]
+            leaves.append(np.stack(out, axis=-1).reshape(g.shape))
+        return scale_by_staleness(treedef.unflatten(leaves), staleness, power)
+
+    def unit(self, g, delta, key, lamda, decay, max_norm, eps):
+        norm = np.linalg.norm(g)
+        self.nu[key] = nu = decay * self.nu.get(key, 0.0) + (1 - decay) * norm**2
+        root = np.sqrt(nu + eps)
+        factor = 1.0
+        if delta.any() and g.any():
+            factor = min(max(1 + lamda * np.vdot(g, delta).real / root, 0.0), 1.0)
+        self.shrunk += 0 < factor < 1
+        self.zeroed += factor == 0
+        if max_norm is not None and norm > max_norm * root:
+            self.limited += 1
+            factor *= max_norm * root / norm
+        return g * factor

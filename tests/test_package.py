@@ -50,7 +50,7 @@ def test_the_public_names_are_there():
         "rules.": "transformation",
         "mxnet.": "DCASGD",
         "simulation.": "Arrivals arrivals deterministic exponential lognormal run",
-        "diagnostics.": "collect diagnose fit pairs quality",
+        "diagnostics.": "collect diagnose fit overhead pairs quality",
         "parameter_server.": "resize train",
     }
     expected = {f"optax_dcasgd.{m}{name}" for m, text in names.items() for name in text.split()}
@@ -173,7 +173,7 @@ def test_the_code_of_the_page_on_the_design_runs():
 
 def test_the_code_of_the_page_on_several_devices_runs():
     """One block after the other, as a user would go from one step to the other."""
-    before, after, resumed, pipeline = blocks("docs/spmd.md")
+    before, after, resumed = blocks("docs/spmd.md")
     names = run(before, {})
     x = np.ones((16, 4), np.float32)
     params, _ = names["step"](names["params"], names["opt_state"], (x, np.ones(16)))
@@ -185,7 +185,18 @@ def test_the_code_of_the_page_on_several_devices_runs():
     moved = names["opt_state"].grads["w"]
     assert moved.shape == (4, *grads.shape[1:])
     np.testing.assert_allclose(moved.mean(0), grads.mean(0), rtol=1e-6)
-    run(pipeline, names)
+
+
+def test_the_code_of_the_page_on_pipelines_runs(capsys):
+    late, on_one_device, nnx, pays = blocks("docs/pipelines.md")
+    names = run(late, {})
+    run(on_one_device, names)
+    assert np.mean(names["losses"][-10:]) < np.mean(names["losses"][50:60]) < 2
+    run(nnx, names)
+    assert np.mean(names["nnx_losses"][-10:]) < 2 < names["nnx_losses"][0]
+    capsys.readouterr()
+    run(pays, names)
+    assert capsys.readouterr().out.endswith("times as long: staleness pays.\n")
 
 
 def test_the_page_on_mxnet_has_a_row_for_every_argument():

@@ -46,31 +46,25 @@ def test_train_flax_without_delay_and_where_it_diverges(tmp_path):
 
 
 @pytest.mark.slow
-def test_overlapped_data_parallel(tmp_path):
-    options = ["--learning-rates=0.02", "--epochs=1", "--batch-size=400", "--seeds=1", "--out=out"]
-    run = run_script("overlapped_data_parallel.py", *options, cwd=tmp_path)
-    assert "| learning rate | synchronous | overlapped | compensated |" in run.stdout
-    assert "0.02: the update of delay made no clear difference" in run.stdout  # one seed
-    assert "10/10" in run.stderr
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["options"]["learning_rates"] == [0.02]
-    accuracies = [runs[0][0] for runs in results["accuracies"].values()]
-    assert len(set(accuracies)) == 3
-    assert f"{100 * results['accuracies']['compensated'][0][0]:.1f} % |" in run.stdout
-    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_pipeline_delay(tmp_path):
-    options = ["--blocks=1", "--stages=2", "--updates=50", "--seeds=1", "--out=out"]
-    options += ["--sgd-rates=0.1", "--adam-rates", "--methods=both"]
-    run = run_script("pipeline_delay.py", *options, cwd=tmp_path)
-    assert "2 stages, delays 1 to 0, 50 updates, 1 seeds" in run.stdout
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    (methods,) = results["curves"]["SGD"].values()
-    losses = [runs[0][-1] for runs in methods.values()]
-    assert max(losses) < 4  # it learns: a uniform guess costs 4.5
-    assert len(set(losses)) == 3
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("overlapped_data_parallel.py", ["--updates=20", "--batch-size=400", "--sgd-rates=0.02"]),
+        ("pipeline_delay.py", ["--updates=50", "--blocks=1", "--stages=2", "--sgd-rates=0.1"]),
+    ],
+)
+def test_stale_gradients_on_several_devices(script, options, tmp_path):
+    """The CNN and the transformer themselves: they learn, and each method learns otherwise."""
+    options += ["--quick", "--seeds=1", "--muon-rates", "--out=out"]
+    run = run_script(script, *options, cwd=tmp_path)
+    assert (tmp_path / "out" / "tables.md").read_text() in run.stdout
+    rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert {"| fresh", "| stale"} < {row[0] for row in rows}
+    cells = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+    losses = [json.loads(cell)["curves"]["loss"][0][-1] for cell in cells]
+    assert len({*losses}) == 3
+    # A guess costs 2.3 nats among ten digits, and 4.5 among the characters.
+    assert max(losses) < (4 if script == "pipeline_delay.py" else 1.5)
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

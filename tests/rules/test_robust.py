@@ -22,44 +22,6 @@ SHAPES = {
 PARAMS = random_tree(0, shapes=SHAPES)
 
 
-class Robust:
-    """The formula, one unit after the other, in float64 or complex128."""
-
-    def __init__(self, lamda=8.0, decay=0.95, max_norm=2.0, power=0.25, eps=1e-12):
-        self.hyperparams = {"lamda": lamda, "decay": decay, "max_norm": max_norm, "eps": eps}
-        self.power, self.count, self.nu = power, 0, {}
-        self.shrunk, self.limited, self.zeroed = 0, 0, 0
-
-    def __call__(self, grads, params, stale, staleness):
-        now = {k: reference.at(v, self.count) for k, v in self.hyperparams.items()}
-        power = reference.at(self.power, self.count)
-        self.count += 1
-        treedef = jax.tree.structure(grads)
-        trees = (jax.tree.leaves(reference.wide(tree)) for tree in (grads, params, stale))
-        leaves = []
-        for i, (g, w, w_s) in enumerate(zip(*trees, strict=True)):
-            units = g.reshape(-1, g.shape[-1] if g.ndim else 1)
-            delta = (w - w_s).reshape(units.shape)
-            columns = enumerate(zip(units.T, delta.T, strict=True))
-            out = [self.unit(g, d, (i, u), **now) for u, (g, d) in columns]
-            leaves.append(np.stack(out, axis=-1).reshape(g.shape))
-        return reference.scale_by_staleness(treedef.unflatten(leaves), staleness, power)
-
-    def unit(self, g, delta, key, lamda, decay, max_norm, eps):
-        norm = np.linalg.norm(g)
-        self.nu[key] = nu = decay * self.nu.get(key, 0.0) + (1 - decay) * norm**2
-        root = np.sqrt(nu + eps)
-        factor = 1.0
-        if delta.any() and g.any():
-            factor = min(max(1 + lamda * np.vdot(g, delta).real / root, 0.0), 1.0)
-        self.shrunk += 0 < factor < 1
-        self.zeroed += factor == 0
-        if max_norm is not None and norm > max_norm * root:
-            self.limited += 1
-            factor *= max_norm * root / norm
-        return g * factor
-
-
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=3e-6)
 SETTINGS = {
     "default": {},
@@ -79,7 +41,12 @@ SETTINGS = {
 def test_against_the_formula(settings):
     """Gradients that depend on where they are computed, with an outlier now and then."""
     tx = robust_delay_compensation(**SETTINGS[settings])
-    expected, params, state, update = Robust(**SETTINGS[settings]), PARAMS, None, jax.jit(tx.update)
+    expected, params, state, update = (
+        reference.Robust(**SETTINGS[settings]),
+        PARAMS,
+        None,
+        jax.jit(tx.update),
+    )
     state = tx.init(PARAMS)
     pulled, pulled_at = [PARAMS] * NUM_WORKERS, [0] * NUM_WORKERS
     for t, worker in enumerate(WORKERS * 2):
@@ -103,7 +70,7 @@ def test_complex_parameters_are_pairs_of_real_ones():
 
     tx, params = robust_delay_compensation(), tree(0)
     state, real_state = tx.init(params), tx.init(pairs(params))
-    expected = Robust()
+    expected = reference.Robust()
     for t in range(12):
         grads, stale = tree(1 + t), jax.tree.map(lambda w, d: w + 0.1 * d, params, tree(50 + t))
         updates, state = tx.update(grads, state, params, stale_params=stale, staleness=t)

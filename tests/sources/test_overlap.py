@@ -68,7 +68,11 @@ def test_an_inner_optimizer_with_a_count_of_its_own():
 def test_gradients_at_parameters_that_the_caller_says():
     """They are handed to the optimizer inside one update later, with the gradients."""
     tx = overlap_reduction(dc.dcasgd(0.1, 0.9, 2.0, store=None), "data")
-    init, step = start(tx, mesh_of(), elsewhere=lambda t, w: w + 0.1 * (t + 1))
+
+    def elsewhere(params, state, t):
+        return jax.tree.map(lambda w: w + 0.1 * (t + 1), params)
+
+    init, step = start(tx, mesh_of(), elsewhere=elsewhere)
     params, state = PARAMS, init(PARAMS)
     expected, optimizer, waiting = reference.wide(PARAMS), reference.DCASGD(**HYPERPARAMS), None
     for t in range(4):
