@@ -44,7 +44,7 @@ def public():
 def test_the_public_names_are_there():
     names = {
         "": "FusedOptimizer add_delay_compensation dcasgd delay_gradients fused_dcasgd "
-        "overlap_reduction pipeline_delays predict_params remember_params "
+        "local_updates overlap_reduction pipeline_delays predict_params remember_params "
         "robust_delay_compensation scale_by_gap scale_by_staleness track_velocity "
         "with_master_weights",
         "rules.": "transformation",
@@ -74,7 +74,7 @@ LAYERS = [
     ["_arguments", "_checks", "_gradients", "_hyperparameters", "_mathematics", "_trees"],
     ["kernels"],
     ["rules", "sources"],
-    ["_dcasgd", "_mixed_precision", "mxnet"],
+    ["_dcasgd", "_local_updates", "_mixed_precision", "mxnet"],
     ["simulation"],
     ["diagnostics", "parameter_server"],
 ]
