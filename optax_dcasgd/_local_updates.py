@@ -129,8 +129,7 @@ def local_updates(grad_fn: GradFn, tx: optax.GradientTransformation, num_steps: 
 
         def step_if_used(carry: Any, inputs: Any) -> Any:
             def skip(carry: Any, inputs: Any) -> Any:
-                loss = jax.eval_shape(step, carry, inputs)[1]
-                return carry, jnp.zeros((), loss.dtype)
+                return carry, _zero_like(jax.eval_shape(step, carry, inputs)[1])
 
             return lax.cond(inputs[1] < count, step, skip, carry, inputs)
 
@@ -141,8 +140,6 @@ def local_updates(grad_fn: GradFn, tx: optax.GradientTransformation, num_steps: 
             (_, _, total), loss = step(carry, (row(batches, 0), 0))
         else:
             inputs = batches, jnp.arange(num_steps, dtype=jnp.int32)
-            first = jax.tree.map(lambda x: x[0], inputs)
-            carry = _vary_like(lambda carry: step(carry, first)[0], carry, (params, batches, key))
             (_, _, total), losses = lax.scan(step if count is None else step_if_used, carry, inputs)
             loss = losses.mean() if count is None else losses.sum() / count.astype(losses.dtype)
         return loss, jax.tree.map(lambda p, s: -s.astype(p.dtype), params, total)
@@ -187,19 +184,8 @@ def _check_stack(batches: Any, num_steps: int) -> None:
             )
 
 
-def _varying(x: Any) -> frozenset[str]:
-    """The axes of a surrounding ``jax.shard_map`` along which the type of ``x`` varies."""
-    kind = getattr(x, "manual_axis_type", None)
-    return frozenset() if kind is None else frozenset(kind.varying)
-
-
-def _vary_like(step: Any, carry: Any, inputs: Any) -> Any:
-    """Gives the carry of a loop inside ``jax.shard_map`` the types that a step makes of it."""
-    if not any(_varying(jax.typeof(x)) for x in jax.tree.leaves(inputs)):
-        return carry
-
-    def leaf(x: Any, after: Any) -> Any:
-        missing = tuple(_varying(after) - _varying(jax.typeof(x)))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(leaf, carry, jax.eval_shape(step, carry))
+def _zero_like(loss: Any) -> jax.Array:
+    """Zero of the type of a loss that was not computed: a condition has one type."""
+    zero = jnp.zeros((), loss.dtype)
+    kind = getattr(loss, "manual_axis_type", None)  # inside jax.shard_map
+    return lax.pcast(zero, tuple(kind.varying), to="varying") if kind and kind.varying else zero
