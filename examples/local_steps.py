@@ -163,7 +163,7 @@ def run_all(args: argparse.Namespace, trainer: Callable[..., Any] = LocalTrainer
     with tqdm(total=len(wanted), initial=found, desc="cells", unit="cell") as bar:
         for kind in kinds(args):
             if missing := [rate for rate in args.rates if (*kind, rate) not in done.cells]:
-                bar.set_postfix_str("{0}, H={1}, M={2}, {3}".format(*kind))
+                bar.set_postfix_str("{}, H={}, M={}, {}".format(*kind))
                 made = made or trainer(args)
                 done.append(made(kind, missing))
                 bar.update(len(missing))

@@ -118,9 +118,7 @@ def against_synchronous(cells: list[LocalCell], args: argparse.Namespace) -> lis
             best[w] = before, after
             if found := at_rate(pair[1], args.fixed_rate):
                 fixed[w] = before, errors_of(found[0])
-            before, after = (
-                seconds_to(fastest(group, args.target), args.target) for group in pair
-            )
+            before, after = (seconds_to(fastest(group, args.target), args.target) for group in pair)
             seconds[w] = before, after
         clauses = [f"test error {effects(best, percent_change)}"] if best else []
         if fixed:

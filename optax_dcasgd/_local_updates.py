@@ -124,7 +124,9 @@ def local_updates(grad_fn: GradFn, tx: optax.GradientTransformation, num_steps: 
             check_returned(returned, params)
             loss, grads = returned
             updates, state = _update(optimizer, grads, state, params)
-            total = jax.tree.map(lambda s, u: s if u is None else s + u.astype(s.dtype), total, updates)
+            total = jax.tree.map(
+                lambda s, u: s if u is None else s + u.astype(s.dtype), total, updates
+            )
             return (optax.apply_updates(params, updates), state, total), loss
 
         def step_if_used(carry: Any, inputs: Any) -> Any:

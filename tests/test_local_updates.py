@@ -1,4 +1,4 @@
-"""`local_updates`: against loops in float64 NumPy, in the engines, and with rounds of unequal size."""
+"""`local_updates`: against loops in float64 NumPy, in the engines, with rounds of unequal size."""
 
 import functools
 
@@ -94,8 +94,8 @@ def test_one_step_of_sgd_is_the_gradient_to_the_bit(dtype, compiled):
     """Where both are −0 too."""
     params, batches = jax.tree.map(lambda x: jnp.asarray(x, dtype), (cases.PARAMS, cases.BATCHES))
     params["bias"] = -jnp.zeros_like(params["bias"])
-    batch = jax.tree.map(lambda x: x[0], batches)
-    batch = {"x": jnp.zeros_like(batch["x"]), "y": -jnp.zeros_like(batch["y"])}
+    some = jax.tree.map(lambda x: x[0], batches)
+    zeros = {"x": jnp.zeros_like(some["x"]), "y": -jnp.zeros_like(some["y"])}
 
     def step(grad_fn, tx, params, batch):
         _, grads = grad_fn(params, batch, KEY)
@@ -105,7 +105,7 @@ def test_one_step_of_sgd_is_the_gradient_to_the_bit(dtype, compiled):
     local = local_updates(cases.grad_fn, optax.sgd(0.37), 1)
     plain = compiled(functools.partial(step, cases.grad_fn, optax.sgd(0.37)))
     found = compiled(functools.partial(step, local, optax.sgd(1.0)))
-    for batch in (batch, jax.tree.map(lambda x: x[1], batches)):
+    for batch in (zeros, some):
         stack = jax.tree.map(lambda x: x[None], batch)
         assert_bit_equal(found(params, stack), plain(params, batch))
 
@@ -244,9 +244,9 @@ VALUE = optax.GradientTransformationExtraArgs(lambda params: None, needs_value)
 W, BATCH = jnp.ones(2), jnp.ones((3, 2))
 
 
-def call(params=W, batches=BATCH, key=KEY, *, grad_fn=None, tx=optax.sgd(0.1), num_steps=3):
-    grad_fn = grad_fn or (lambda p, b, key: (jnp.sum(p), p))
-    return local_updates(grad_fn, tx, num_steps)(params, batches, key)
+def call(params=W, batches=BATCH, key=KEY, **arguments):
+    default = {"grad_fn": lambda p, b, key: (jnp.sum(p), p), "tx": optax.sgd(0.1), "num_steps": 3}
+    return local_updates(**{**default, **arguments})(params, batches, key)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ def test_a_small_run_is_that_of_a_loop(script, tmp_path):
     cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
     assert [cell["pushes"][-1] for cell in cells[::2]] == [20, 20, 32, 32]
     # A round of four batches: 4 s, and of the slower worker 16. Balanced, both take 4 s.
-    for cell, seconds in zip(cells[::2], [16 * 10, 20 / (1 / 4 + 1 / 16), 4 * 16, 4 * 16]):
+    for cell, seconds in zip(
+        cells[::2], [16 * 10, 20 / (1 / 4 + 1 / 16), 4 * 16, 4 * 16], strict=True
+    ):
         assert 0.6 < np.mean(cell["seconds"], 0)[-1] / seconds < 1.6
 
     found, trainer, seed = cells[-1], trainers[0], 1
