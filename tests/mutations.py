@@ -262,4 +262,12 @@ MUTATIONS = [
         "jax.tree.map(observe, params, stale_params, state.nu)",
         "rules/test_compensation.py::test_the_steps_of_the_gap_are_those_taken_and_not_those_from_the_stale_parameters",
     ),
+    Mutation(
+        19,
+        "the pseudo-gradient of local steps points uphill",
+        "_local_updates.py",
+        "lambda p, s: -s.astype(p.dtype)",
+        "lambda p, s: s.astype(p.dtype)",
+        "test_local_updates.py::test_one_worker_that_adds_its_rounds_trains_as_without_rounds",
+    ),
 ]

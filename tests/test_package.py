@@ -177,3 +177,13 @@ def test_the_readme_has_a_row_for_every_argument_of_mxnet():
     table = README.partition("## Coming from MXNet")[2].partition("\n## ")[0]
     for argument in arguments.split():
         assert re.search(rf"^\| .*`{argument}[=`]", table, re.MULTILINE), argument
+
+
+def test_the_code_of_the_page_on_local_steps_runs():
+    """But for the lines that are shown for Ray and for several devices."""
+    names = {}
+    for block in blocks("docs/local_steps.md"):
+        if "simulation.run" in block:
+            run(block, names)
+            assert 0 < names["result"].history.loss[-1] < 1e-6 * names["result"].history.loss[0]
+    assert int(names["used"].sum()) > int(names["first"][-1]) > 600
