@@ -3,6 +3,7 @@
     python benchmarks/parameter_server.py                 # all, about twelve minutes
     python benchmarks/parameter_server.py speed memory    # some: speed, memory, replay,
                                                           # worker_faults, server_faults
+    python benchmarks/parameter_server.py local_steps --local-steps 1,4,16,64 --rounds 3
 
 A push is compared with the plain loop: a server with the methods pull and push, and workers that
 call one, compute, and call the other. All apply the same jitted update; rounds are interleaved and
@@ -35,7 +36,13 @@ import optax
 import psutil
 import ray
 
-from optax_dcasgd import add_delay_compensation, dcasgd, parameter_server, simulation
+from optax_dcasgd import (
+    add_delay_compensation,
+    dcasgd,
+    local_updates,
+    parameter_server,
+    simulation,
+)
 
 TX = dcasgd(1e-4, 0.9, 2.0, store=None)
 
@@ -121,10 +128,10 @@ def plain(size, num_workers, num_pushes, warm_up, in_one_call=False):
     return seconds
 
 
-def ours(size, num_workers, num_pushes, warm_up):
+def ours(size, num_workers, num_pushes, warm_up, grad_fn=no_op):
     """Seconds a push, by the server's own record."""
     result = parameter_server.train(
-        no_op, jnp.ones(size), TX, lambda i: (),
+        grad_fn, jnp.ones(size), TX, lambda i: (),
         num_workers=num_workers, num_updates=num_pushes + warm_up, progress=False,
     )  # fmt: skip
     seconds = result.history.time[warm_up:]
@@ -162,6 +169,36 @@ def measure_speed(rounds):
             },
         }
     return report
+
+
+def measure_local_steps(rounds, steps, size):
+    """Gradients a second where a push carries H of them, with two workers.
+
+    Once as if the steps cost nothing, which is what the messages alone allow; and once with steps
+    of SGD, whose gradient costs nothing: each reads and writes all parameters, and their sum.
+    """
+    times = {}
+    for _ in range(rounds):
+        with started():
+            times.setdefault("plain loop", []).append(plain(size, 2, 60, 20))
+        for h in steps:
+            times.setdefault(f"H={h}, steps that cost nothing", []).append(ours(size, 2, 60, 20))
+            grad_fn = local_updates(no_op, optax.sgd(1e-6), h)
+            pushes = max(12, 60 // h)
+            times.setdefault(f"H={h}, steps of SGD", []).append(
+                ours(size, 2, pushes, pushes // 3, grad_fn)
+            )
+    report = {}
+    for name, seconds in times.items():
+        h = int(name.partition(",")[0][2:]) if name.startswith("H=") else 1
+        median = statistics.median(seconds)
+        report[name] = {
+            "milliseconds a push": 1e3 * median,
+            "gradients a second": h / median,
+            "bytes a gradient, pull and push": 2 * 4 * size / h,
+            "rounds": seconds,
+        }
+    return {"parameters": size, "workers": 2, **report}
 
 
 class Process(typing.NamedTuple):
@@ -373,8 +410,11 @@ def cpu_model():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", choices=[[], *MEASUREMENTS], default=[])
-    parser.add_argument("--rounds", type=int, default=3, help="of the speed comparison")
+    names = [*MEASUREMENTS, "local_steps"]
+    parser.add_argument("what", nargs="*", choices=[[], *names], default=[])
+    parser.add_argument("--rounds", type=int, default=3, help="of the comparisons of speed")
+    parser.add_argument("--local-steps", default="1,4,16,64", help="H, with commas between")
+    parser.add_argument("--size", type=int, default=16_800_000, help="parameters of local_steps")
     parser.add_argument("--out", type=pathlib.Path, help="where to write the JSON")
     args = parser.parse_args()
     report = {
@@ -385,10 +425,13 @@ def main():
     if args.out and args.out.exists():
         report = {**json.loads(args.out.read_text()), **report}
     loads = report.setdefault("load before", {})
-    for name in args.what or MEASUREMENTS:
+    for name in args.what or names:
         loads[name] = os.getloadavg()[0]
         if name == "speed":
             report[name] = measure_speed(args.rounds)
+        elif name == "local_steps":
+            steps = [int(h) for h in args.local_steps.split(",")]
+            report[name] = measure_local_steps(args.rounds, steps, args.size)
         else:
             with started(**CLEARED):
                 report[name] = MEASUREMENTS[name]()

@@ -215,9 +215,9 @@ class Trainer:
 class CellFile:
     """The finished cells, one line of JSON each, with the settings that they were run with."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path, self.settings = path, settings
-        self.cells: dict[tuple, Cell] = {}
+    def __init__(self, path: Path, settings: dict[str, Any], kind: Any = Cell):
+        self.path, self.settings, self.kind = path, settings, kind
+        self.cells: dict[tuple, Any] = {}
         text = path.read_text() if path.exists() else ""
         if text and not text.endswith("\n"):  # an interrupted run's unfinished last line
             text = text[: text.rfind("\n") + 1]
@@ -227,7 +227,7 @@ class CellFile:
             if entry.pop("settings") == settings:
                 self._add(entry)
 
-    def append(self, cells: Iterable[Cell]) -> None:
+    def append(self, cells: Iterable[Any]) -> None:
         """Writes cells to the end of the file."""
         with self.path.open("a") as file:
             for cell in cells:
@@ -237,7 +237,7 @@ class CellFile:
 
     def _add(self, entry: dict[str, Any]) -> None:
         """Keeps a cell rounded as in the file: a resumed run shows what a whole one does."""
-        cell = Cell(**{k: to_array(v) for k, v in entry.items()})
+        cell = self.kind(**{k: to_array(v) for k, v in entry.items()})
         self.cells[cell.name] = cell
 
 

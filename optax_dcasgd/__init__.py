@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from optax_dcasgd import mxnet, rules, sources
 from optax_dcasgd._dcasgd import DCASGDState, FusedOptimizer, dcasgd, fused_dcasgd
+from optax_dcasgd._local_updates import LocalBatches, local_updates
 from optax_dcasgd._mixed_precision import MasterWeightsState, with_master_weights
 from optax_dcasgd.rules import (
     RuleState,
@@ -36,6 +37,7 @@ __all__ = [
     "DCASGDState",
     "DelayGradientsState",
     "FusedOptimizer",
+    "LocalBatches",
     "MasterWeightsState",
     "OverlapReductionState",
     "RememberParamsState",
@@ -47,6 +49,7 @@ __all__ = [
     "delay_gradients",
     "diagnostics",
     "fused_dcasgd",
+    "local_updates",
     "mxnet",
     "overlap_reduction",
     "parameter_server",

@@ -302,4 +302,12 @@ MUTATIONS = [
         "jnp.asarray(param, history.dtype)",
         "test_arguments.py::test_delay_gradients_adds_up_stalenesses_and_hands_on_the_rest",
     ),
+    Mutation(
+        24,
+        "the pseudo-gradient of local steps points uphill",
+        "_local_updates.py",
+        "lambda p, s: -s.astype(p.dtype)",
+        "lambda p, s: s.astype(p.dtype)",
+        "test_local_updates.py::test_one_worker_that_adds_its_rounds_trains_as_without_rounds",
+    ),
 ]

@@ -44,7 +44,7 @@ def public():
 def test_the_public_names_are_there():
     names = {
         "": "FusedOptimizer add_delay_compensation dcasgd delay_gradients fused_dcasgd "
-        "overlap_reduction pipeline_delays predict_params remember_params "
+        "local_updates overlap_reduction pipeline_delays predict_params remember_params "
         "robust_delay_compensation scale_by_gap scale_by_staleness track_velocity "
         "with_master_weights",
         "rules.": "transformation",
@@ -83,7 +83,7 @@ LAYERS = [
     ["_arguments", "_checks", "_gradients", "_hyperparameters", "_mathematics", "_trees"],
     ["kernels"],
     ["rules", "sources"],
-    ["_dcasgd", "_mixed_precision", "mxnet"],
+    ["_dcasgd", "_local_updates", "_mixed_precision", "mxnet"],
     ["simulation"],
     ["diagnostics", "parameter_server"],
 ]
@@ -209,3 +209,13 @@ def test_the_page_on_mxnet_has_a_row_for_every_argument():
     table = page.partition("## Every argument")[2]
     for argument in arguments.split():
         assert re.search(rf"^\| .*`{argument}[=`]", table, re.MULTILINE), argument
+
+
+def test_the_code_of_the_page_on_local_steps_runs():
+    """But for the lines that are shown for Ray and for several devices."""
+    names = {}
+    for block in blocks("docs/local_steps.md"):
+        if "simulation.run" in block:
+            run(block, names)
+            assert 0 < names["result"].history.loss[-1] < 1e-6 * names["result"].history.loss[0]
+    assert int(names["used"].sum()) > int(names["first"][-1]) > 600

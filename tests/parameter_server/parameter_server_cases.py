@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_dcasgd import add_delay_compensation
+from optax_dcasgd import add_delay_compensation, local_updates
 
 _rng = np.random.default_rng(0)
 X = _rng.normal(size=(64, 16, 6)).astype(np.float32)
@@ -35,6 +35,14 @@ def loss(params, batch, key):
 
 
 grad_fn = jax.value_and_grad(loss)
+
+
+_local = local_updates(grad_fn, optax.sgd(0.02), num_steps=4)
+
+
+def rounds_of_four(params, batch, key):
+    """The 16 examples of a batch as four batches of four, one a local step."""
+    return _local(params, jax.tree.map(lambda x: x.reshape(4, 4, -1), batch), key)
 
 
 def padded(params):

@@ -1,0 +1,244 @@
+"""Workers that take H steps of their own between two messages: what that saves and what it costs.
+
+M simulated workers train a small model with `optax_dcasgd.local_updates`: each takes H steps of SGD
+from the parameters that it got and sends the difference, to which an outer optimizer is applied.
+Compared are synchronous local SGD (SSGD: a barrier, and the mean of M differences) and asynchronous
+workers whose differences are applied as they come: as they are (ASGD), or after what
+compare_async.py does about stale gradients. All see the same batches, each once, whatever M and H
+are. Run it with
+
+    python examples/local_steps.py --quick
+    python examples/local_steps.py --problem mnist
+
+Speeds: "equal"; "1:4", where every second worker takes four times as long; and "1:4-balanced",
+where those take a quarter of the steps, so that all send equally often. Every method is run over a
+grid of outer learning rates. Shown are the best one (by the validation error) and a fixed one for
+all. Every finished cell is one line of cells.jsonl in --out, and is not run again: the same command
+goes on where it was interrupted.
+"""
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import count, make_folder, positive
+from compare_async import METHODS, MODES, CellFile, Trainer
+from compare_async_problems import PROBLEMS
+from local_steps_report import LocalCell, plot, report
+from tqdm import tqdm
+
+from optax_dcasgd import LocalBatches, local_updates, simulation
+
+SPEEDS = ("equal", "1:4", "1:4-balanced")
+SLOWER = 4  # times as long
+
+FULL: dict[str, Any] = {"workers": [4, 8, 16], "steps": [1, 4, 16, 64], "seeds": 5}
+FULL |= {"methods": ["SSGD", "ASGD", "lr/sqrt-tau", "DC-a-clipped", "robust"]}
+FULL |= {"rates": [0.0625, 0.125, 0.25, 0.5, 1.0, 2.0], "speeds": list(SPEEDS), "batches": 3072}
+QUICK: dict[str, Any] = {"workers": [4, 16], "steps": [1, 16], "seeds": 3}
+QUICK |= {"methods": ["SSGD", "ASGD", "robust"], "rates": [0.125, 0.5, 1.0], "speeds": ["1:4"]}
+QUICK |= {"batches": 1536}
+
+Kind = tuple[str, int, int, str]  # speeds, H, M, method
+
+
+class LocalTrainer(Trainer):
+    """Runs cells: all outer rates and seeds of one kind in one compiled program."""
+
+    def steps_of(self, workers: int, steps: int, speeds: str) -> np.ndarray:
+        """H of each worker."""
+        each = np.full(workers, steps)
+        if speeds == "1:4-balanced":
+            each[1::2] //= SLOWER
+        return each
+
+    def num_pushes(self, workers: int, steps: int, speeds: str) -> int:
+        """How many pushes use up all batches."""
+        return int(self.args.batches / self.steps_of(workers, steps, speeds).mean())
+
+    def _arrivals(self, workers: int, steps: int, speeds: str) -> simulation.Arrivals:
+        """One order of arrivals a seed. A batch takes 1 s on average, exponentially distributed."""
+        slower = np.ones(workers)
+        if speeds != "equal":
+            slower[1::2] = SLOWER
+        arrive = functools.partial(
+            simulation.arrivals,
+            num_workers=workers,
+            num_updates=self.num_pushes(workers, steps, speeds),
+            compute_time=lambda key: jax.random.gamma(key, steps),  # of H batches
+            slowdown=slower * self.steps_of(workers, steps, speeds) / steps,
+        )
+        return jax.vmap(arrive)(jax.vmap(jax.random.key)(jnp.arange(self.args.seeds)))
+
+    def _program(self, method: str, steps: int, each: tuple[int, ...], every: int) -> Any:
+        """Of all lanes; ``each`` is H of each worker where they differ, and otherwise empty."""
+        mode = MODES.get(method, "async")
+        local = local_updates(
+            jax.value_and_grad(self._loss), optax.sgd(self.args.inner_rate), steps
+        )
+
+        def train(lane: Any, of_seed: Any, data: Any) -> dict[str, jax.Array]:
+            rate, seed = lane
+            params, order, arrivals = jax.tree.map(lambda x: x[seed], of_seed)
+            images, labels = data["train"]
+
+            def stack(first: Any) -> Any:
+                index = order[(first + jnp.arange(steps)) % order.shape[0]]
+                return images[index], labels[index]
+
+            def batches(t: Any) -> Any:
+                if not each:
+                    return stack(t * steps)
+                worker = jnp.arange(arrivals.worker.size) % len(each)
+                used = jnp.array(each)[worker if mode == "sync" else arrivals.worker]
+                return LocalBatches(stack((jnp.cumsum(used) - used)[t]), used[t])
+
+            history = simulation.run(
+                local, params, METHODS[method](rate, 0.0), batches, arrivals, mode=mode,
+                evaluate=functools.partial(self._evaluate, data=data), evaluate_every=every,
+            ).history  # fmt: skip
+            finite = history.evaluated <= history.num_finite
+            curves = {name: jnp.where(finite, v, jnp.nan) for name, v in history.evaluation.items()}
+            curves["seconds"] = history.time[history.evaluated - 1]
+            return curves | {"updates": history.evaluated}
+
+        def program(lanes: Any, of_seed: Any, data: Any) -> dict[str, jax.Array]:
+            train_lane = functools.partial(train, of_seed=of_seed, data=data)
+            batch_size = min(len(lanes[0]), self.problem.at_once)
+            return jax.lax.map(train_lane, lanes, batch_size=batch_size)
+
+        return jax.jit(program)
+
+    def __call__(self, kind: Kind, rates: list[float]) -> list[LocalCell]:
+        """One cell an outer rate."""
+        speeds, steps, workers, method = kind
+        is_sync = MODES.get(method) == "sync"
+        arrivals = self.arrivals(workers, steps, speeds)
+        each = self.steps_of(workers, steps, speeds)
+        every = self.args.batches / self.args.evaluations / each.mean()  # pushes
+        every = max(1, round(every / workers if is_sync else every))
+        if not is_sync:
+            # With room for the stale parameters of the largest M, one program serves every M.
+            most = max(self.args.workers)
+            arrivals = dataclasses.replace(arrivals, barrier=None, num_workers=most)
+        of_each = tuple(each.tolist()) if len(set(each)) > 1 else ()
+        seeds = self.args.seeds
+        lanes = jnp.repeat(jnp.array(rates), seeds), jnp.tile(jnp.arange(seeds), len(rates))
+        program = self.program(method, steps, of_each, every)
+        curves = program(lanes, (self.params, self.orders, arrivals), self.data)
+        curves = {name: np.asarray(v).reshape(len(rates), seeds, -1) for name, v in curves.items()}
+        pushes = curves.pop("updates")[0, 0] * (workers if is_sync else 1)
+        return [
+            LocalCell(*kind, rate, pushes, **{k: v[i] for k, v in curves.items()})
+            for i, rate in enumerate(rates)
+        ]
+
+
+def kinds(args: argparse.Namespace) -> Iterator[Kind]:
+    """All calls of the trainer."""
+    for speeds in args.speeds:
+        for steps in args.steps:
+            if speeds == "1:4-balanced" and steps % SLOWER:
+                continue  # no quarter of the steps
+            for method in args.methods:  # which share a program whatever M is
+                for workers in args.workers:
+                    yield speeds, steps, workers, method
+
+
+def run_all(args: argparse.Namespace, trainer: Callable[..., Any] = LocalTrainer) -> list[Any]:
+    """Runs what is not in the file of cells yet, and returns all cells."""
+    names = ("problem", "batches", "batch_size", "seeds", "inner_rate", "evaluations")
+    done = CellFile(args.out / "cells.jsonl", {n: getattr(args, n) for n in names}, LocalCell)
+    wanted = [(*kind, rate) for kind in kinds(args) for rate in args.rates]
+    made = None
+    found = sum(name in done.cells for name in wanted)
+    with tqdm(total=len(wanted), initial=found, desc="cells", unit="cell") as bar:
+        for kind in kinds(args):
+            if missing := [rate for rate in args.rates if (*kind, rate) not in done.cells]:
+                bar.set_postfix_str("{}, H={}, M={}, {}".format(*kind))
+                made = made or trainer(args)
+                done.append(made(kind, missing))
+                bar.update(len(missing))
+    return [done.cells[name] for name in wanted]
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line; whatever cannot be run ends here, before any training."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    asynchronous = [name for name in METHODS if name != "SGD"]
+
+    def listed(name: str) -> str:
+        full, quick = (" ".join(f"{v}" for v in kind[name]) for kind in (FULL, QUICK))
+        return f" [{full}; with --quick {quick}]"
+
+    add("--quick", action="store_true", help="fewer of everything: under two minutes")
+    add("--problem", choices=PROBLEMS, default="digits", help="what to train [digits]")
+    add("--workers", type=count, nargs="+", metavar="M", help="even" + listed("workers"))
+    add("--steps", type=count, nargs="+", metavar="H", help="local steps" + listed("steps"))
+    add("--speeds", choices=SPEEDS, nargs="+", help="see above" + listed("speeds"))
+    add("--methods", choices=asynchronous, nargs="+", metavar="NAME",
+        help=f"any of {' '.join(asynchronous)}" + listed("methods"))  # fmt: skip
+    add("--rates", type=positive, nargs="+", metavar="LR", help="outer" + listed("rates"))
+    add("--fixed-rate", type=positive, default=1.0, metavar="LR",
+        help="the outer rate that is shown for all, if it was run [1]")  # fmt: skip
+    add("--inner-rate", type=positive, default=0.1, metavar="LR", help="of the local SGD [0.1]")
+    add("--seeds", type=count, metavar="N", help=f"[{FULL['seeds']}; --quick {QUICK['seeds']}]")
+    add("--batches", type=count, metavar="N",
+        help=f"in a run, of all workers [{FULL['batches']}; --quick {QUICK['batches']}]",
+    )  # fmt: skip
+    add("--batch-size", type=count, default=32, metavar="N", help="images a local step [32]")
+    add("--evaluations", type=count, default=48, metavar="N", help="during a run [48]")
+    add("--target", type=positive, metavar="LOSS", help="training loss to reach")
+    add("--out", type=Path, default=Path("local_steps_out"), help="folder for the results")
+    args = parser.parse_args(argv)
+    for name, value in (FULL | (QUICK if args.quick else {})).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.target = args.target or PROBLEMS[args.problem].target
+    args.pushes = args.batches  # what `Trainer` calls them
+    for name in ("workers", "steps", "speeds", "methods", "rates"):
+        values = getattr(args, name)
+        if repeated := [v for v in values if values.count(v) > 1]:
+            parser.error(f"argument --{name}: {repeated[0]} is there more than once")
+    if odd := [m for m in args.workers if m % 2]:
+        parser.error(f"argument --workers: expected even numbers, got {odd[0]}")
+    if args.batches < max(args.workers) * max(args.steps):
+        parser.error(
+            f"argument --batches: {args.batches} are fewer than one round of "
+            f"{max(args.workers)} workers with {max(args.steps)} steps each"
+        )
+    if args.batch_size > PROBLEMS[args.problem].train_size:
+        parser.error(f"argument --batch-size: {args.batch_size} are more than there are images")
+    args.rates.sort()
+    make_folder(parser, args.out)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains, prints, saves."""
+    args = parse_args(argv)
+    start = time.perf_counter()
+    cells = run_all(args)
+    about = (
+        f"{args.problem}: {args.batches} batches of {args.batch_size} images, {args.seeds} seeds, "
+        f"inner SGD({args.inner_rate:g}), outer SGD"
+    )
+    print("\n" + report(cells, about, args))
+    plot(cells, args)
+    device = jax.devices()[0]
+    print(f"JAX {jax.__version__} on {device.platform} ({device.device_kind}), ", end="")
+    print(f"{time.perf_counter() - start:.0f} s")
+    print(f"Saved tables.md, cells.jsonl and plots in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
