@@ -237,9 +237,10 @@ def test_a_worker_that_does_not_come(error, is_gone, monkeypatch):
 # Workers.
 
 
-def make_worker(grad_fn, batches, params):
+def make_worker(grad_fn, batches, params, transport_dtype=None):
     layout = Layout(params)
-    return _worker.Worker(grad_fn, batches, jax.random.key(0), layout, layout, layout), layout
+    sent = layout.cast(transport_dtype)
+    return _worker.Worker(grad_fn, batches, jax.random.key(0), layout, layout, sent), layout
 
 
 @pytest.mark.parametrize(
@@ -275,3 +276,31 @@ def test_one_number_that_is_not_finite_is_found(bad, where):
     assert isinstance(worker.gradient(0, packed), _worker.Computed)
     grad[where] = bad
     assert worker.gradient(0, packed) == _worker.Refused("grads['w'] is not finite (batch 0)")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [(jnp.float16, 65504), (jnp.bfloat16, 3.38e38), (jnp.float8_e4m3fn, 448)],
+    ids=["float16", "bfloat16", "float8"],
+)
+def test_a_gradient_has_to_be_finite_as_it_is_sent(dtype, largest):
+    """It may be before it is rounded, and infinite or NaN after that."""
+    grads = {"a": np.ones(2, np.float32), "b": np.full(3, largest, np.float32)}
+
+    def answer(dtype):
+        worker, layout = make_worker(
+            lambda params, batch, key: (jnp.zeros(()), {"a": params["a"], "b": batch}),
+            lambda i: grads["b"],
+            grads,
+            dtype,
+        )
+        return worker.gradient(0, layout.pack(jax.tree.leaves(grads)))
+
+    assert isinstance(answer(dtype), _worker.Computed)
+    grads["b"][1] *= 1.005 if dtype == jnp.bfloat16 else 1.1
+    name = np.dtype(dtype).name
+    told = f"grads['b'] is not finite as {name}, the transport_dtype (batch 0)"
+    assert answer(dtype) == _worker.Refused(told)
+    grads["b"][1] = np.nan
+    for sent in (dtype, jnp.float4_e2m1fn):  # the latter has no NaN
+        assert answer(sent) == _worker.Refused("grads['b'] is not finite (batch 0)")
