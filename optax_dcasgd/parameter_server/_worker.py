@@ -24,10 +24,15 @@ class Refused(NamedTuple):
     """The answer to a task without a gradient."""
 
     reason: str
+    not_finite: bool = False  # a gradient, which may be the fault of the parameters
 
 
 class _RefusedError(Exception):
     """What is wrong with a gradient."""
+
+
+class _NotFiniteError(_RefusedError):
+    """A gradient of the right shapes that is not finite."""
 
 
 def get_batch(batches: Any, index: int) -> Any:
@@ -97,9 +102,9 @@ class Worker:
                 leaf = int((computed & sent).argmin())
                 dtype = self._transported.dtypes[leaf]
                 where = f" as {dtype}, the transport_dtype" if computed[leaf] else ""
-                raise _RefusedError(f"grads{self._params.paths[leaf]} is not finite{where}")
+                raise _NotFiniteError(f"grads{self._params.paths[leaf]} is not finite{where}")
         except _RefusedError as refused:
-            return _refused(f"{refused} (batch {index})")
+            return _refused(f"{refused} (batch {index})", isinstance(refused, _NotFiniteError))
         except (Exception, SystemExit):
             return _refused(
                 f"grad_fn or batches failed on batch {index}:\n{traceback.format_exc()}"
@@ -114,6 +119,6 @@ def _finite(leaves: list[jax.Array]) -> jax.Array:
     return jnp.array([jnp.isfinite(leaf).all() for leaf in leaves], bool)
 
 
-def _refused(reason: str) -> Refused:
+def _refused(reason: str, not_finite: bool = False) -> Refused:
     """Escapes lone surrogates, which a log could not be written with."""
-    return Refused(reason.encode(errors="backslashreplace").decode())
+    return Refused(reason.encode(errors="backslashreplace").decode(), not_finite)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from typing import ClassVar
 
 import jax
@@ -109,7 +110,9 @@ def test_what_rays_metrics_are_told(monkeypatch):
 # The server's loop, its book and its calls.
 
 
-def test_who_is_missing_is_said_while_nothing_happens(monkeypatch):
+@pytest.fixture
+def server(monkeypatch):
+    """Of two workers, neither of which exists."""
     for metric in ("Counter", "Gauge"):
         monkeypatch.setattr(_metrics.metrics, metric, _Recorded)
     layout = Layout(PARAMS)
@@ -122,11 +125,14 @@ def test_who_is_missing_is_said_while_nothing_happens(monkeypatch):
         checkpoint_dir=None,
         checkpoint_every=100,
         compensation_every=None,
-        max_bad_pushes=0,
+        max_bad_pushes=3,
         name=None,
         signature=[],
     )
-    server = _server.Server(optax.sgd(0.1), PARAMS, (layout, layout, layout), options, {})
+    return _server.Server(optax.sgd(0.1), PARAMS, (layout, layout, layout), options, {})
+
+
+def test_who_is_missing_is_said_while_nothing_happens(server, monkeypatch):
     server._roster.members = {0, 1}
     server._roster.ready(1, is_idle=False)
     assert not server.advance(0.2).events  # not yet
@@ -134,6 +140,33 @@ def test_who_is_missing_is_said_while_nothing_happens(monkeypatch):
     event, *_ = server.advance(0.2).events
     assert event.kind == "waiting"
     assert "not started: [0]; that are computing: none" in event.message
+
+
+@pytest.mark.parametrize(
+    ("params", "not_finite", "refused", "failure"),
+    [
+        ([np.nan, 0.0], True, 1, r"Not finite after 0 updates: params\['b'\]\. There is no ch"),
+        (
+            [1e30, -1e31],
+            True,
+            4,
+            r"No gradient is finite .*\(params\['w'\]: 1e\+31\).* 4 gradients",
+        ),
+        ([1e30, -1e31], False, 4, "^4 gradients were refused.* of worker 1: bad$"),  # but raised
+    ],
+)
+def test_divergence_is_not_blamed_on_a_gradient(server, params, not_finite, refused, failure):
+    values = [
+        np.full_like(leaf, x) for leaf, x in zip(jax.tree.leaves(PARAMS), params, strict=True)
+    ]
+    server._update.restore(values, [])
+    for number in range(1, 5):
+        assert server._failure is None
+        server._book.pull(1, None, is_alone=True)
+        server._receive(1, _worker.Refused("bad", not_finite))
+        if number == refused:
+            break
+    assert re.search(failure, server._failure)
 
 
 def book_with_dropped(batch, worker):
@@ -275,7 +308,8 @@ def test_one_number_that_is_not_finite_is_found(bad, where):
     packed = layout.pack([grad])
     assert isinstance(worker.gradient(0, packed), _worker.Computed)
     grad[where] = bad
-    assert worker.gradient(0, packed) == _worker.Refused("grads['w'] is not finite (batch 0)")
+    told = "grads['w'] is not finite (batch 0)"
+    assert worker.gradient(0, packed) == _worker.Refused(told, True)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +334,7 @@ def test_a_gradient_has_to_be_finite_as_it_is_sent(dtype, largest):
     grads["b"][1] *= 1.005 if dtype == jnp.bfloat16 else 1.1
     name = np.dtype(dtype).name
     told = f"grads['b'] is not finite as {name}, the transport_dtype (batch 0)"
-    assert answer(dtype) == _worker.Refused(told)
+    assert answer(dtype) == _worker.Refused(told, True)
     grads["b"][1] = np.nan
     for sent in (dtype, jnp.float4_e2m1fn):  # the latter has no NaN
-        assert answer(sent) == _worker.Refused("grads['b'] is not finite (batch 0)")
+        assert answer(sent) == _worker.Refused("grads['b'] is not finite (batch 0)", True)
