@@ -4,7 +4,6 @@ Functions are compared by what JAX traces them to, the numbers in them included.
 JAX traces them differently, so that they are compared under the same release only.
 """
 
-import re
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,6 @@ import optax
 from optax_dcasgd.parameter_server._transport import to_raw
 
 Fingerprint = dict[str, str | None]  # by argument of `train`; None for what cannot be compared
-_ADDRESS = re.compile(r"0x[0-9a-f]+")  # of a Python object: another one in each process
 
 
 def checksum(arrays: list[Any], start: int = 0) -> int:
@@ -72,7 +70,7 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
 def _of_function(function: Callable[..., Any], *args: Any) -> str | None:
     try:
         traced = jax.make_jaxpr(function)(*args)
-        text = _ADDRESS.sub("", str(traced.jaxpr)).encode()
+        text = str(traced.jaxpr).encode()  # without the addresses of Python objects
         return f"{checksum(to_raw(traced.consts), zlib.crc32(text)):08x}"
     except Exception:  # it is compared where that can be, and no more
         return None

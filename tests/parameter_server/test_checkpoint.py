@@ -109,7 +109,8 @@ from optax_dcasgd.parameter_server import _checkpoint
 
 def flip(path):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
+    batch = content.find(b'"next_batch": 20')  # which becomes 30
+    content[len(content) // 2 if batch < 0 else batch + 14] ^= 1
     path.write_bytes(content)
 
 damages = {

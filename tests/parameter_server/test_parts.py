@@ -2,13 +2,11 @@
 
 import itertools
 import random
-import re
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import ray
 from parameter_server_cases import PARTS_PARAMS as PARAMS
@@ -18,7 +16,6 @@ from optax_dcasgd.parameter_server import (
     _calls,
     _history,
     _metrics,
-    _server,
     _worker,
 )
 from optax_dcasgd.parameter_server._book import Book, Push
@@ -107,66 +104,7 @@ def test_what_rays_metrics_are_told(monkeypatch):
     }
 
 
-# The server's loop, its book and its calls.
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """Of two workers, neither of which exists."""
-    for metric in ("Counter", "Gauge"):
-        monkeypatch.setattr(_metrics.metrics, metric, _Recorded)
-    layout = Layout(PARAMS)
-    options = _server.Options(
-        mode="async",
-        num_workers=2,
-        num_updates=10,
-        max_staleness=None,
-        on_stale="wait",
-        checkpoint_dir=None,
-        checkpoint_every=100,
-        compensation_every=None,
-        max_bad_pushes=3,
-        name=None,
-        signature=[],
-    )
-    return _server.Server(optax.sgd(0.1), PARAMS, (layout, layout, layout), options, {})
-
-
-def test_who_is_missing_is_said_while_nothing_happens(server, monkeypatch):
-    server._roster.members = {0, 1}
-    server._roster.ready(1, is_idle=False)
-    assert not server.advance(0.2).events  # not yet
-    monkeypatch.setattr(_server, "_PATIENCE", 0.0)
-    event, *_ = server.advance(0.2).events
-    assert event.kind == "waiting"
-    assert "not started: [0]; that are computing: none" in event.message
-
-
-@pytest.mark.parametrize(
-    ("params", "not_finite", "refused", "failure"),
-    [
-        ([np.nan, 0.0], True, 1, r"Not finite after 0 updates: params\['b'\]\. There is no ch"),
-        (
-            [1e30, -1e31],
-            True,
-            4,
-            r"No gradient is finite .*\(params\['w'\]: 1e\+31\).* 4 gradients",
-        ),
-        ([1e30, -1e31], False, 4, "^4 gradients were refused.* of worker 1: bad$"),  # but raised
-    ],
-)
-def test_divergence_is_not_blamed_on_a_gradient(server, params, not_finite, refused, failure):
-    values = [
-        np.full_like(leaf, x) for leaf, x in zip(jax.tree.leaves(PARAMS), params, strict=True)
-    ]
-    server._update.restore(values, [])
-    for number in range(1, 5):
-        assert server._failure is None
-        server._book.pull(1, None, is_alone=True)
-        server._receive(1, _worker.Refused("bad", not_finite))
-        if number == refused:
-            break
-    assert re.search(failure, server._failure)
+# The server's book and its calls.
 
 
 def book_with_dropped(batch, worker):
@@ -338,3 +276,14 @@ def test_a_gradient_has_to_be_finite_as_it_is_sent(dtype, largest):
     grads["b"][1] = np.nan
     for sent in (dtype, jnp.float4_e2m1fn):  # the latter has no NaN
         assert answer(sent) == _worker.Refused("grads['b'] is not finite (batch 0)", True)
+
+
+# Machines.
+
+
+def test_how_long_ray_waits_for_a_machine():
+    """As docs/parameter_server.md has it, in milliseconds and checks."""
+    config = ray._raylet.Config
+    assert config.health_check_timeout_ms() == 10_000
+    assert config.health_check_period_ms() == 3_000
+    assert config.health_check_failure_threshold() == 5

@@ -188,7 +188,9 @@ parameter_server.train(
 """
 
 
-def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_script_that_ends_leaves_a_checkpoint_and_no_processes(how, tmp_path):
+    """The last one where it is interrupted; one to go on from at once where it is killed."""
     before = {p.pid for p in psutil.process_iter()}
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(
@@ -201,18 +203,30 @@ def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(tmp_path):
     )
     wait_until(lambda: process.poll() is not None or max(versions(tmp_path), default=0) >= 100)
     assert process.poll() is None, process.communicate()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "KeyboardInterrupt" in errors
-    assert "Interrupted; a checkpoint of" in errors
-    assert int(errors.split("Interrupted; a checkpoint of ")[1].split()[0]) in versions(tmp_path)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "KeyboardInterrupt" in errors
+        assert "Interrupted; a checkpoint of" in errors
+        written = int(errors.split("Interrupted; a checkpoint of ")[1].split()[0])
+        assert written in versions(tmp_path)
+    else:
+        process.kill()
+        process.wait(timeout=60)
+        options = {"num_workers": 2, "batches": cases.Batches(), "checkpoint_dir": tmp_path}
+        result = train(max(versions(tmp_path)) + 100, **options)
+        assert [event.kind for event in result.events] == ["resumed"]
+        assert_sound(result)
+        process.communicate(timeout=60)
 
-    def strays():
+    def strays():  # those whose parent is gone
+        ours = {p.pid for p in psutil.Process().children(recursive=True)}
         return [
             p
             for p in psutil.process_iter(["name", "cmdline"])
-            if p.pid not in before and "ray" in " ".join(p.info["cmdline"] or [p.info["name"]])
+            if p.pid not in before | ours
+            and "ray" in " ".join(p.info["cmdline"] or [p.info["name"]])
         ]
 
     wait_until(lambda: not strays())
