@@ -48,13 +48,12 @@ class Book:
         return {
             "again": sorted(again),
             "next_batch": self._next_batch,
-            "num_bad": self.num_refused,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Goes on from what `to_save` returned."""
+        """Goes on from what `to_save` returned; what was refused before counts no more."""
         self._again = dict.fromkeys(saved["again"])
-        self._next_batch, self.num_refused = saved["next_batch"], saved["num_bad"]
+        self._next_batch = saved["next_batch"]
 
     # Pull.
 

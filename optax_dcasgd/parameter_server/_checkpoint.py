@@ -1,14 +1,25 @@
 """Checkpoints of a run, by Orbax: parameters, optimizer state, history, and the batches in hand."""
 
+import contextlib
+import json
 import os
 import pathlib
+import re
+import shutil
 import tempfile
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-_FORMAT = "optax_dcasgd.parameter_server/1"
+from optax_dcasgd.parameter_server import _lock
+from optax_dcasgd.parameter_server._fingerprint import checksum
+
+_FORMAT = "optax_dcasgd.parameter_server/2"
+_LENGTH = 200  # characters of a reason
+_T = TypeVar("_T")
 
 
 class Snapshot(NamedTuple):
@@ -36,9 +47,31 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
+def reason(error: BaseException) -> str:
+    """An error in one short sentence; TensorStore's may have kilobytes."""
+    text = str(error).strip()
+    if found := re.search(r"os_error_code='(\d+)'", text):
+        error = OSError(int(found[1]), os.strerror(int(found[1])))
+        text = str(error)
+    line = text.splitlines()[0] if text else ""
+    line = line if len(line) <= _LENGTH else f"{line[:_LENGTH]}..."
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
 def _named(arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
     """For Orbax, which takes no arrays without elements."""
     return {str(i): array for i, array in enumerate(arrays) if array.size}
+
+
+def _sum(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+class Damaged(NamedTuple):
+    """A checkpoint that cannot be read."""
+
+    version: int
+    reason: str
 
 
 class Checkpoints:
@@ -46,7 +79,7 @@ class Checkpoints:
 
     def __init__(self, directory: str):
         self._orbax = _orbax()
-        self._directory = os.fspath(directory)
+        self._directory = pathlib.Path(directory)
         self._manager = self._orbax.CheckpointManager(
             self._directory,
             options=self._orbax.CheckpointManagerOptions(max_to_keep=2, create=True),
@@ -56,6 +89,48 @@ class Checkpoints:
         """The version of the newest complete one."""
         version: int | None = self._manager.latest_step()
         return version
+
+    def newest(self, read: Callable[[int], _T]) -> tuple[int, _T, list[Damaged]] | None:
+        """Reads the newest checkpoint that can be read.
+
+        Args:
+          read: `meta` or `load`, as a function of the version alone.
+
+        Returns:
+          Its version, what `read` returned, and the newer ones that cannot be read. None if there
+          are no checkpoints.
+
+        Raises:
+          ValueError: If none of them can be read.
+        """
+        damaged: list[Damaged] = []
+        for version in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return version, read(version), damaged
+            except Exception as error:
+                damaged.append(Damaged(version, reason(error)))
+        if not damaged:
+            return None
+        paths = ", ".join(str(self._directory / str(each.version)) for each in damaged)
+        raise ValueError(
+            f"checkpoint_dir {self._directory} holds no checkpoint of the parameter server that "
+            f"can be read ({damaged[0].version}: {damaged[0].reason}). Choose another directory; "
+            f"or, to begin anew, remove {paths}."
+        )
+
+    def set_aside(self, version: int) -> pathlib.Path:
+        """Renames a checkpoint that cannot be read; returns where it is now."""
+        aside = self._directory / f"damaged-{version}"
+        shutil.rmtree(aside, ignore_errors=True)  # an earlier one of that version
+        (self._directory / str(version)).rename(aside)
+        self._manager.reload()
+        return aside
+
+    def remove_parts(self) -> None:
+        """Removes what is left of checkpoints whose writing failed or was cut off."""
+        suffix = self._orbax.utils.TMP_DIR_SUFFIX
+        for part in self._directory.glob(f"*{suffix}*"):
+            shutil.rmtree(part, ignore_errors=True)
 
     def save(self, version: int, snapshot: Snapshot) -> None:
         """Starts to write; then raises a failure of the one before, which is not tried again.
@@ -67,13 +142,23 @@ class Checkpoints:
         arrays = {name: leaves for name, leaves in arrays.items() if leaves}
         if version:
             arrays["history"] = snapshot.history
-        meta = {"format": _FORMAT, **snapshot.meta}
+        # TensorStore notices what is cut off, but not another bit within an array.
+        sums = {
+            name: checksum([leaves[i] for i in sorted(leaves)]) for name, leaves in arrays.items()
+        }
+        meta = {**snapshot.meta, "checksums": sums}
+        meta = {"format": _FORMAT, "checksum": _sum(meta), "meta": meta}
         args = self._orbax.args
-        self._manager.save(
-            version,
-            args=args.Composite(arrays=args.StandardSave(arrays), meta=args.JsonSave(meta)),
-            force=True,
-        )
+        try:
+            self._manager.save(
+                version,
+                args=args.Composite(arrays=args.StandardSave(arrays), meta=args.JsonSave(meta)),
+                force=True,
+            )
+        except Exception:
+            self.settle()
+            self.remove_parts()
+            raise
         if failure is not None:
             raise failure
 
@@ -83,6 +168,7 @@ class Checkpoints:
             self.wait()
         except Exception as error:
             self._manager.reload()  # or it would count as the latest
+            self.remove_parts()
             return error
         return None
 
@@ -94,7 +180,11 @@ class Checkpoints:
         """What was saved beside the arrays."""
         args = self._orbax.args
         restored = self._manager.restore(version, args=args.Composite(meta=args.JsonRestore()))
-        meta: dict[str, Any] = restored["meta"]
+        if (of := restored["meta"]["format"]) != _FORMAT:
+            raise ValueError(f"it is of another release, {of!r}")
+        meta: dict[str, Any] = restored["meta"]["meta"]
+        if _sum(meta) != restored["meta"]["checksum"]:
+            raise ValueError("its checksum is another")
         return meta
 
     def load(self, version: int, params: Any, state: Any) -> Snapshot:
@@ -115,6 +205,9 @@ class Checkpoints:
         restored = self._manager.restore(
             version, args=args.Composite(arrays=args.StandardRestore(like))
         )["arrays"]
+        for name, total in meta["checksums"].items():
+            if checksum([restored[name][i] for i in sorted(like[name])]) != total:
+                raise ValueError(f"the checksum of its {name} is another")
         leaves = {
             name: [
                 np.asarray(restored[name][str(i)]) if x.size else np.empty(x.shape, x.dtype)
@@ -129,16 +222,8 @@ class Checkpoints:
         self._manager.close()
 
 
-def check(directory: Any, lines: list[str], *, resume: bool, num_updates: int) -> str:
-    """Checks that a run can use the directory, before anything is started.
-
-    Returns:
-      Its absolute path.
-
-    Raises:
-      OSError: If it cannot be written.
-      ValueError: If it holds a run that must not be, or cannot be, continued.
-    """
+def _writable(directory: Any) -> pathlib.Path:
+    """Makes the directory, and returns its absolute path."""
     if "://" in os.fspath(directory):
         raise ValueError(
             f"checkpoint_dir must be a directory that the server's machine has; got {directory!r}."
@@ -150,39 +235,59 @@ def check(directory: Any, lines: list[str], *, resume: bool, num_updates: int) -
             pass
     except OSError as error:
         raise OSError(f"checkpoint_dir {path} cannot be written: {error}") from error
-    checkpoints = Checkpoints(str(path))
-    try:
-        version = checkpoints.latest()
-        if version is None:
-            return str(path)
-        if not resume:
-            raise ValueError(
-                f"checkpoint_dir {path} holds a run of {version} updates: continue it with "
-                "resume=True, or choose another directory."
-            )
+    return path
+
+
+@contextlib.contextmanager
+def claimed(
+    directory: Any, lines: list[str], *, resume: bool, num_updates: int
+) -> Iterator[tuple[str | None, str | None]]:
+    """Holds a directory for a run, after checking, before anything is started, that it can.
+
+    Yields:
+      Its absolute path, and the token of `_lock.held`; None for both without a directory.
+
+    Raises:
+      OSError: If it cannot be written.
+      ValueError: If it is in use, or holds a run that must not be, or cannot be, continued.
+    """
+    if directory is None:
+        yield None, None
+        return
+    path = str(_writable(directory))
+    with _lock.held(path) as token:
+        checkpoints = Checkpoints(path)
         try:
-            meta = checkpoints.meta(version)
-            fits = meta["format"] == _FORMAT
-        except Exception as error:
-            raise ValueError(
-                f"checkpoint_dir {path} holds checkpoints that are none of the parameter server's."
-            ) from error
-        if not fits:
-            raise ValueError(f"checkpoint_dir {path} is of another release: {meta['format']!r}.")
-        if meta["signature"] != lines:
-            differing = [
-                f"{saved} there and {here} here"
-                for saved, here in zip(
-                    [*meta["signature"], "nothing"], [*lines, "nothing"], strict=False
-                )
-                if saved != here
-            ]
-            raise ValueError(f"checkpoint_dir {path} holds another model: {differing[0]}.")
-        if version > num_updates:
-            raise ValueError(
-                f"num_updates must be at least {version}, which the run in checkpoint_dir {path} "
-                f"has had; got {num_updates}."
+            _check(path, checkpoints, lines, resume=resume, num_updates=num_updates)
+        finally:
+            checkpoints.close()
+        yield path, token
+
+
+def _check(
+    path: str, checkpoints: Checkpoints, lines: list[str], *, resume: bool, num_updates: int
+) -> None:
+    if (version := checkpoints.latest()) is None:
+        return
+    if not resume:
+        raise ValueError(
+            f"checkpoint_dir {path} holds a run of {version} updates: continue it with "
+            "resume=True, or choose another directory."
+        )
+    found = checkpoints.newest(checkpoints.meta)
+    assert found is not None
+    version, meta, _ = found  # of the damaged ones the server has to tell, which may find more
+    if meta["signature"] != lines:
+        differing = [
+            f"{saved} there and {here} here"
+            for saved, here in zip(
+                [*meta["signature"], "nothing"], [*lines, "nothing"], strict=False
             )
-        return str(path)
-    finally:
-        checkpoints.close()
+            if saved != here
+        ]
+        raise ValueError(f"checkpoint_dir {path} holds another model: {differing[0]}.")
+    if version > num_updates:
+        raise ValueError(
+            f"num_updates must be at least {version}, which the run in checkpoint_dir {path} "
+            f"has had; got {num_updates}."
+        )

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import ray
 
-from optax_dcasgd.parameter_server import _history
+from optax_dcasgd.parameter_server import _checkpoint, _history
 from optax_dcasgd.parameter_server._history import Event, Result
 from optax_dcasgd.parameter_server._server import Options, Server
 from optax_dcasgd.parameter_server._transport import from_raw
@@ -198,7 +198,9 @@ class Driver:
         try:
             version: int | None = self._ask("save")
         except Exception as error:
-            self._event(Event(time.time(), "checkpoint failed", None, str(error)))
+            # Ray's own message is the whole traceback.
+            message = _checkpoint.reason(getattr(error, "cause", error))
+            self._event(Event(time.time(), "checkpoint failed", None, message))
             return None
         return version
 

@@ -48,8 +48,9 @@ class Event(NamedTuple):
 
     The kinds are ``"worker lost"``, ``"worker back"`` and ``"worker gone"`` (for good);
     ``"refused"`` (a gradient) and ``"dropped"`` (one that was too stale); ``"server lost"`` and
-    ``"resumed"`` (from a checkpoint); ``"checkpoint failed"``; ``"waiting"`` (for a minute, and for
-    whom).
+    ``"resumed"`` (from a checkpoint) and ``"changed"`` (arguments that it was not written with);
+    ``"checkpoint failed"`` (to be written) and ``"checkpoint damaged"`` (it cannot be read);
+    ``"waiting"`` (for a minute, and for whom).
     """
 
     time: float  # Unix time, in seconds

@@ -1,59 +1,124 @@
 """When the server writes a checkpoint, what of its state goes into one, and how it goes on."""
 
+from typing import NamedTuple
+
 import numpy as np
 
-from optax_dcasgd.parameter_server import _history
+from optax_dcasgd.parameter_server import _history, _lock
 from optax_dcasgd.parameter_server._book import Book
-from optax_dcasgd.parameter_server._checkpoint import Checkpoints, Snapshot
+from optax_dcasgd.parameter_server._checkpoint import Checkpoints, Snapshot, reason
+from optax_dcasgd.parameter_server._fingerprint import Fingerprint, changes
 from optax_dcasgd.parameter_server._record import Record
 from optax_dcasgd.parameter_server._update import Update
+
+_NAMED = 3  # leaves, in a message
+
+
+class Run(NamedTuple):
+    """What a checkpoint keeps of a run beside its state, and where it is written."""
+
+    directory: str | None
+    lock: str | None  # the token of `_lock.held`
+    every: int  # so many updates
+    signature: list[str]  # what has to be the same to go on from it
+    fingerprint: Fingerprint  # what should be
 
 
 class Saving:
     """Writes the checkpoints of a run, or does nothing where it has no directory for them."""
 
-    def __init__(
-        self,
-        directory: str | None,
-        every: int,
-        signature: list[str],
-        state: tuple[Update, Record, Book],
-    ):
-        self._checkpoints = None if directory is None else Checkpoints(directory)
-        self._every, self._signature = every, signature
+    def __init__(self, run: Run, state: tuple[Update, Record, Book]):
+        self._run = run
+        self._checkpoints = None if run.directory is None else Checkpoints(run.directory)
         self._update, self._record, self._book = state
+        self._diverged: str | None = None
 
     def restore(self) -> None:
-        """Goes back to the last checkpoint, if there is one."""
-        if self._checkpoints is None or (version := self._checkpoints.latest()) is None:
+        """Goes back to the last checkpoint that can be read, if there is one."""
+        if (checkpoints := self._checkpoints) is None:
             return
-        snapshot = self._checkpoints.load(version, *self._update.like())
+        checkpoints.remove_parts()  # of a server that was killed
+        like = self._update.like()
+        found = checkpoints.newest(lambda version: checkpoints.load(version, *like))
+        if found is None:
+            return
+        version, snapshot, damaged = found
+        for newer in damaged:
+            aside = checkpoints.set_aside(newer.version)
+            self._record.event(
+                "checkpoint damaged",
+                None,
+                f"the checkpoint of {newer.version} updates cannot be read ({newer.reason}); it is "
+                f"now {aside}, and {newer.version - version} updates are lost",
+            )
         self._update.restore(snapshot.params, snapshot.state)
         self._book.restore(snapshot.meta)
         rows = _history.to_rows(snapshot.history) if version else self._record.rows[:0]
         self._record.restore(rows, snapshot.meta["time"])
         self._record.event("resumed", None, f"from the checkpoint of {version} updates")
+        if changed := changes(snapshot.meta["fingerprint"], self._run.fingerprint):
+            self._record.event(
+                "changed",
+                None,
+                f"{' and '.join(changed)} differ from those of the first {version} updates: "
+                "simulation.run does not replay the run with the one or the other alone",
+            )
+
+    def give_up(self, found: str) -> str:
+        """Writes nothing more of a run that has diverged; returns what to say of it."""
+        last = None if self._checkpoints is None else self._checkpoints.latest()
+        remedy = (
+            "There is no checkpoint to go on from."
+            if last is None
+            else f"The last checkpoint is of {last} updates: call train again, with a lower "
+            "learning rate, say, to go on from there; remove it to go on from the one before."
+        )
+        self._diverged = f"Training has diverged. {found}. {remedy}"
+        return self._diverged
+
+    def failure(self) -> str | None:
+        """Why nothing more may be written, so that training cannot go on; None if it may."""
+        if self._diverged is not None:
+            return self._diverged
+        if names := self._update.not_finite():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            after = f"Not finite after {self._record.version} updates"
+            return self.give_up(f"{after}: {', '.join(names[:_NAMED])}{more}")
+        if not _lock.is_held(self._run.directory, self._run.lock):
+            return f"Another run has taken checkpoint_dir {self._run.directory}."
+        return None
 
     def is_due(self) -> bool:
         """Whether a checkpoint has to be written after this update."""
-        return self._checkpoints is not None and self._record.version % self._every == 0
+        return self._checkpoints is not None and self._record.version % self._run.every == 0
 
-    def begin(self) -> None:
-        """Begins to write a checkpoint; a failure is an event, and does not end the run."""
+    def begin(self) -> str | None:
+        """Begins to write a checkpoint; returns the `failure` that keeps it from being written.
+
+        What the directory has against it is an event, and does not end the run.
+        """
+        if (failure := self.failure()) is not None:
+            return failure
         try:
             self._write()
         except Exception as error:
             self._report(error)
+        return None
 
     def save(self) -> int | None:
-        """Writes a checkpoint and waits for it; returns its version, None without a directory."""
+        """Writes a checkpoint and waits for it; returns its version, None without a directory.
+
+        Where `failure` says why it cannot be, the version is that of the last one.
+        """
         if self._checkpoints is None:
             return None
-        if (failure := self._checkpoints.settle()) is not None:
-            self._report(failure)
-        self._write()
-        self._checkpoints.wait()
-        return self._record.version
+        if (error := self._checkpoints.settle()) is not None:
+            self._report(error)
+        if self.failure() is None:
+            self._write()
+            if (error := self._checkpoints.settle()) is not None:
+                raise error
+        return self._checkpoints.latest()
 
     def _write(self) -> None:
         assert self._checkpoints is not None
@@ -61,7 +126,8 @@ class Saving:
             return
         rows = self._record.rows
         meta = {
-            "signature": self._signature,
+            "signature": self._run.signature,
+            "fingerprint": self._run.fingerprint,
             "time": self._record.seconds(),
             "history": {name: rows.dtype[name].str for name in _history.History._fields},
             **self._book.to_save(),
@@ -76,5 +142,4 @@ class Saving:
         self._checkpoints.save(self._record.version, snapshot)
 
     def _report(self, error: Exception) -> None:
-        message = f"{type(error).__name__}: {error}"
-        self._record.event("checkpoint failed", None, message)
+        self._record.event("checkpoint failed", None, reason(error))

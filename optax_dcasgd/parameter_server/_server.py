@@ -18,10 +18,11 @@ import optax
 
 from optax_dcasgd.parameter_server._book import Book, Pull, Push
 from optax_dcasgd.parameter_server._calls import Calls, Gone, Lost, News, Ready
+from optax_dcasgd.parameter_server._fingerprint import Fingerprint
 from optax_dcasgd.parameter_server._history import Event
 from optax_dcasgd.parameter_server._record import Record
 from optax_dcasgd.parameter_server._roster import Roster
-from optax_dcasgd.parameter_server._saving import Saving
+from optax_dcasgd.parameter_server._saving import Run, Saving
 from optax_dcasgd.parameter_server._transport import Layout
 from optax_dcasgd.parameter_server._update import Gradient, Update, Version
 from optax_dcasgd.parameter_server._worker import Computed, Refused
@@ -42,6 +43,8 @@ class Options:
     max_bad_pushes: int
     name: str | None
     signature: list[str]
+    fingerprint: Fingerprint = dataclasses.field(default_factory=dict)
+    lock: str | None = None  # the token of `_lock.held`
 
 
 class Status(NamedTuple):
@@ -74,16 +77,19 @@ class Server:
         self._update = Update(tx, params, layouts)
         self._book = Book(options.max_staleness if options.on_stale == "wait" else None)
         self._record = Record(options.num_updates, options.name)
-        self._saving = Saving(
+        run = Run(
             options.checkpoint_dir,
+            options.lock,
             options.checkpoint_every,
             options.signature,
-            (self._update, self._record, self._book),
+            options.fingerprint,
         )
+        self._saving = Saving(run, (self._update, self._record, self._book))
         self._saving.restore()
         self._published: Version | None = None
         self._to_apply: list[Gradient] = []  # recorded already
         self._failure: str | None = None
+        self._num_not_finite = 0  # gradients since the last update
         self._calls = Calls()
         self._roster = Roster(options.num_workers)
         self.attach(workers, options.num_workers)
@@ -118,6 +124,8 @@ class Server:
                     self._receive(index, news)
                 self._apply()
                 come = self._calls.wait(0)
+        if self._record.version >= self._options.num_updates:
+            self._fail(self._saving.failure())
         retired = self._roster.retire()
         for index in retired:
             self._calls.stop(index)
@@ -170,8 +178,8 @@ class Server:
         match news:
             case Computed(loss, seconds, packed):
                 self._book.push(Push(self._book.answered(index), loss, seconds, packed))
-            case Refused(reason):
-                self._refuse(self._book.answered(index), reason)
+            case Refused(reason, not_finite):
+                self._refuse(self._book.answered(index), reason, not_finite)
             case Ready():
                 # A worker may come back before what it has sent is applied, and is idle then.
                 if self._roster.ready(index, is_idle=not self._book.has_pushed(index)):
@@ -185,23 +193,34 @@ class Server:
                 self._give_to_another(index)
                 self._record.event("worker gone", index, reason)
                 if not self._roster.members:
-                    self._failure = f"No worker is left; the last one: {reason}"
+                    self._fail(f"No worker is left; the last one: {reason}")
 
     def _give_to_another(self, index: int) -> None:
         """What a lost worker was to compute."""
         if (refused := self._book.lost(index, self._roster.num_workers)) is not None:
             self._refuse(*refused)
 
-    def _refuse(self, pull: Pull, reason: str) -> None:
+    def _refuse(self, pull: Pull, reason: str, not_finite: bool = False) -> None:
         self._book.num_refused += 1
+        self._num_not_finite += not_finite
         self._record.event("refused", pull.worker, reason)
         self._roster.release(pull.worker)
+        # It may be the fault of the parameters; then all gradients will be like this one.
+        self._fail(self._saving.failure())
         if self._book.num_refused > self._options.max_bad_pushes:
-            self._failure = (
+            told = (
                 f"{self._book.num_refused} gradients were refused, more than "
                 f"max_bad_pushes={self._options.max_bad_pushes}; the last, of worker "
                 f"{pull.worker}: {reason}"
             )
+            if self._num_not_finite > self._roster.num_workers:
+                found = f"No gradient is finite with such parameters ({self._update.largest()})"
+                told = f"{self._saving.give_up(found)} {told}"
+            self._fail(told)
+
+    def _fail(self, reason: str | None) -> None:
+        """Ends the run for the first of the reasons why it cannot go on."""
+        self._failure = self._failure or reason
 
     # Update.
 
@@ -255,9 +274,10 @@ class Server:
     def _count(self, push: Push, staleness: int, compensation: float) -> None:
         """Records an update, and writes a checkpoint if one is due."""
         self._record.update(push, staleness, compensation)
+        self._num_not_finite = 0
         if self._saving.is_due():
             self._flush()
-            self._saving.begin()
+            self._fail(self._saving.begin())
 
     def _watch(self, has_come: bool) -> None:
         """Says, now and then, who is missing while nothing happens."""

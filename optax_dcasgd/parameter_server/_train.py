@@ -14,6 +14,7 @@ import optax
 from optax_dcasgd import _arguments, _checks, _trees
 from optax_dcasgd._gradients import check_batches, check_returned
 from optax_dcasgd.parameter_server import _checkpoint
+from optax_dcasgd.parameter_server._fingerprint import fingerprint
 from optax_dcasgd.parameter_server._history import Result
 from optax_dcasgd.parameter_server._transport import Layout
 
@@ -82,14 +83,17 @@ def train(
       checkpoint_dir: Where to write checkpoints, and to find them; needs Orbax. On a cluster, a
         directory that all nodes share. None for none; the run then ends if its server dies.
       checkpoint_every: Write one after every so many updates.
-      resume: Whether to go on from the last checkpoint in ``checkpoint_dir``, if there is one. If
-        False, one there is an error.
+      resume: Whether to go on from the last checkpoint in ``checkpoint_dir`` that can be read, if
+        there is one. An event says so if ``grad_fn``, ``tx``, ``batches`` or ``key`` are not those
+        that it was written with, as far as that can be seen: of a function ``batches``, in batch 0.
+        If False, a checkpoint there is an error.
       progress: Whether to show a tqdm bar (if tqdm is installed).
       transport_dtype: A dtype such as ``jnp.bfloat16`` in which gradients are sent; None for their
         own. They are rounded to it.
       compensation_every: Measure ``history.compensation`` at every so many updates, which costs
         three more evaluations of the optimizer; None for never.
-      max_bad_pushes: How many gradients may be refused before training stops.
+      max_bad_pushes: How many gradients may be refused, since training was begun or resumed, before
+        it stops.
       name: A name for the run, by which `resize` finds it and metrics are tagged.
       address: Of a running Ray cluster, as in ``ray.init``: "auto" on one of its nodes. Without it,
         without the environment's RAY_ADDRESS, and if Ray is not initialised, Ray is started on this
@@ -107,14 +111,16 @@ def train(
       ImportError: If Ray, or Orbax where it is needed, is not installed.
       TypeError: If an argument has a wrong type.
       ValueError: If an argument is out of range, a gradient does not fit the parameters, ``name``
-        is that of another run, or ``checkpoint_dir`` holds another model, or a run in another mode.
+        is that of another run, or ``checkpoint_dir`` is in use by another run, holds another model
+        or a run in another mode, or checkpoints none of which can be read.
       OSError: If ``checkpoint_dir`` cannot be written.
       RuntimeError: If more than ``max_bad_pushes`` gradients were refused (a checkpoint has been
         written), no worker is left, or the server died and there is no checkpoint to go on from.
+        If parameters or optimizer state are no longer finite (no checkpoint is written of them).
 
-    A gradient with the wrong structure, shape or dtype, or one that is not finite, is refused, and
-    so is one whose computation raised: training goes on, and the event says whose it was and which
-    leaf. On an interrupt (Ctrl-C) a checkpoint is written and the actors are stopped.
+    A gradient with the wrong structure, shape or dtype, or one that is not finite as it is sent, is
+    refused, and so is one whose computation raised: training goes on, and the event says whose it
+    was and which leaf. On an interrupt (Ctrl-C) a checkpoint is written and the actors are stopped.
 
     Examples:
       (Marked so that doctest does not start Ray; a test marked ``ray`` runs it.)
@@ -175,7 +181,8 @@ def train(
     ray = _import_ray()
     from optax_dcasgd.parameter_server._worker import get_batch
 
-    returned = jax.eval_shape(grad_fn, params, get_batch(batches, 0), key)
+    batch = get_batch(batches, 0)
+    returned = jax.eval_shape(grad_fn, params, batch, key)
     check_returned(returned, params)
     of_grads = Layout(returned[1])
     state_like = jax.eval_shape(tx.init, params)
@@ -193,46 +200,48 @@ def train(
 
     signature = [f"mode: {mode}"]  # the rows of a history are of one kind
     signature += _checkpoint.signature(params=params, state=state_like)
-    if checkpoint_dir is not None:
-        checkpoint_dir = _checkpoint.check(
-            checkpoint_dir, signature, resume=resume, num_updates=num_updates
-        )
-    from optax_dcasgd.parameter_server._driver import Driver
-    from optax_dcasgd.parameter_server._server import Options
+    claimed = _checkpoint.claimed(checkpoint_dir, signature, resume=resume, num_updates=num_updates)
+    with claimed as (checkpoint_dir, lock):
+        from optax_dcasgd.parameter_server._driver import Driver
+        from optax_dcasgd.parameter_server._server import Options
 
-    options = Options(
-        mode=mode,
-        num_workers=num_workers,
-        num_updates=num_updates,
-        max_staleness=max_staleness,
-        on_stale=on_stale,
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_every=checkpoint_every,
-        compensation_every=compensation_every,
-        max_bad_pushes=max_bad_pushes,
-        name=name,
-        signature=signature,
-    )
-    started = not ray.is_initialized()
-    if started:
-        with warnings.catch_warnings():
-            # Ray starts programs of its own, which never return to the forked process.
-            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-            # Set where a job has been submitted to a cluster.
-            address = address or os.environ.get("RAY_ADDRESS")
-            # Ray adds to the configuration that it is given.
-            ray.init(**({"address": address} if address else copy.deepcopy(_EMBEDDED)))
-    elif address is not None:
-        raise ValueError("address has no effect: Ray is initialised already. Leave it out.")
-    try:
-        worker_args = (grad_fn, batches, key, *layouts)
-        of_actors = worker_options or {}, server_options or {}
-        with Driver(worker_args, tx, params, options, *of_actors) as driver:
-            driver.train(progress)
-            return driver.result()
-    finally:
+        options = Options(
+            mode=mode,
+            num_workers=num_workers,
+            num_updates=num_updates,
+            max_staleness=max_staleness,
+            on_stale=on_stale,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            compensation_every=compensation_every,
+            max_bad_pushes=max_bad_pushes,
+            name=name,
+            signature=signature,
+            fingerprint={}
+            if checkpoint_dir is None
+            else fingerprint(grad_fn, params, tx, batches, batch, key),
+            lock=lock,
+        )
+        started = not ray.is_initialized()
         if started:
-            ray.shutdown()
+            with warnings.catch_warnings():
+                # Ray starts programs of its own, which never return to the forked process.
+                warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+                # Set where a job has been submitted to a cluster.
+                address = address or os.environ.get("RAY_ADDRESS")
+                # Ray adds to the configuration that it is given.
+                ray.init(**({"address": address} if address else copy.deepcopy(_EMBEDDED)))
+        elif address is not None:
+            raise ValueError("address has no effect: Ray is initialised already. Leave it out.")
+        try:
+            worker_args = (grad_fn, batches, key, *layouts)
+            of_actors = worker_options or {}, server_options or {}
+            with Driver(worker_args, tx, params, options, *of_actors) as driver:
+                driver.train(progress)
+                return driver.result()
+        finally:
+            if started:
+                ray.shutdown()
 
 
 def resize(name: str, num_workers: int) -> None:

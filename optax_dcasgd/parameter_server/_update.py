@@ -95,6 +95,14 @@ class Update:
         self._apply_stacked = jax.jit(apply_stacked, donate_argnums=donated)
         self._apply_mean = jax.jit(apply_mean, donate_argnums=donated)
         self._compensation = jax.jit(compensation)
+        self._finite = jax.jit(lambda leaves: jnp.array([_is_finite(x) for x in leaves], bool))
+        trees = {"params": self._params, "state": self._state}
+        self._paths = [
+            jax.tree_util.keystr(path[:1], simple=True) + jax.tree_util.keystr(path[1:])
+            for path, _ in jax.tree_util.tree_flatten_with_path(trees)[0]
+        ]
+        # What is infinite from the start is meant to be, such as a mask or the best loss so far.
+        self._was_finite = self._are_finite()
 
     def publish(self, number: int) -> Version:
         """Returns the current parameters, packed to be sent out."""
@@ -168,6 +176,24 @@ class Update:
         """Returns the leaves of the state; on a CPU they are valid until the next update."""
         return [np.asarray(leaf) for leaf in to_raw(self._state)]
 
+    def not_finite(self) -> list[str]:
+        """The leaves of parameters and state that were finite at first and are not now."""
+        are_finite = self._are_finite()
+        return [
+            path
+            for path, was, is_ in zip(self._paths, self._was_finite, are_finite, strict=True)
+            if was and not is_
+        ]
+
+    def largest(self) -> str:
+        """The parameter of the largest absolute value, and that value."""
+        leaves = [np.abs(leaf).max(initial=0) for leaf in self.params_to_host()]
+        index = int(np.argmax([float(leaf) for leaf in leaves]))
+        return f"{self._paths[index]}: {float(leaves[index]):.3g}"
+
+    def _are_finite(self) -> np.ndarray:
+        return np.asarray(self._finite([*to_raw(self._params), *to_raw(self._state)]))
+
     def like(self) -> tuple[list[Any], list[Any]]:
         """Returns the shapes and dtypes that `restore` takes."""
         params, state = jax.eval_shape(lambda: (to_raw(self._params), to_raw(self._state)))
@@ -177,6 +203,10 @@ class Update:
         """Replaces parameters and state by copies of these values."""
         self._params = from_raw(self._params, params)
         self._state = from_raw(self._state, state)
+
+
+def _is_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
 
 
 def _put(leaves: list[Any]) -> list[Any]:

@@ -24,10 +24,15 @@ class Refused(NamedTuple):
     """The answer to a task without a gradient."""
 
     reason: str
+    not_finite: bool = False  # a gradient, which may be the fault of the parameters
 
 
 class _RefusedError(Exception):
     """What is wrong with a gradient."""
+
+
+class _NotFiniteError(_RefusedError):
+    """A gradient of the right shapes that is not finite."""
 
 
 def get_batch(batches: Any, index: int) -> Any:
@@ -64,12 +69,12 @@ class Worker:
             if difference := grads.difference("grads", value):
                 raise _RefusedError(difference)
             leaves = jax.tree.leaves(value)
-            # Not by the largest number: on a CPU the maximum of a large array loses a NaN.
-            finite = jnp.array([jnp.isfinite(leaf).all() for leaf in leaves], bool)
-            leaves = [
+            sent = [
                 leaf.astype(dtype) for leaf, dtype in zip(leaves, transported.dtypes, strict=True)
             ]
-            return loss, leaves, finite
+            # What is sent has to be finite too. The barrier keeps the compiler from looking at what
+            # it was before it was rounded.
+            return loss, sent, _finite(leaves), _finite(jax.lax.optimization_barrier(sent))
 
         self._gradient = gradient
 
@@ -89,23 +94,31 @@ class Worker:
             leaves = [jax.device_put(leaf) for leaf in leaves]  # without a copy, on a CPU
         try:
             batch = get_batch(self._batches, index)
-            loss, grads, finite = self._gradient(
+            loss, grads, *finite = self._gradient(
                 self._params.treedef.unflatten(leaves), batch, self._key, np.int32(index)
             )
-            finite = np.asarray(finite)
-            if not finite.all():
-                leaf = self._params.paths[int(finite.argmin())]
-                raise _RefusedError(f"grads{leaf} is not finite")
+            computed, sent = map(np.asarray, finite)
+            if not (computed & sent).all():
+                leaf = int((computed & sent).argmin())
+                dtype = self._transported.dtypes[leaf]
+                where = f" as {dtype}, the transport_dtype" if computed[leaf] else ""
+                raise _NotFiniteError(f"grads{self._params.paths[leaf]} is not finite{where}")
         except _RefusedError as refused:
-            return _refused(f"{refused} (batch {index})")
+            return _refused(f"{refused} (batch {index})", isinstance(refused, _NotFiniteError))
         except (Exception, SystemExit):
             return _refused(
                 f"grad_fn or batches failed on batch {index}:\n{traceback.format_exc()}"
             )
-        sent = self._transported.pack([np.asarray(leaf) for leaf in grads])
-        return Computed(float(loss), time.perf_counter() - start, sent)
+        packed = self._transported.pack([np.asarray(leaf) for leaf in grads])
+        return Computed(float(loss), time.perf_counter() - start, packed)
 
 
-def _refused(reason: str) -> Refused:
+def _finite(leaves: list[jax.Array]) -> jax.Array:
+    """Which leaves are, of floating-point or other arrays."""
+    # Not by the largest number: on a CPU the maximum of a large array loses a NaN.
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in leaves], bool)
+
+
+def _refused(reason: str, not_finite: bool = False) -> Refused:
     """Escapes lone surrogates, which a log could not be written with."""
-    return Refused(reason.encode(errors="backslashreplace").decode())
+    return Refused(reason.encode(errors="backslashreplace").decode(), not_finite)

@@ -1,4 +1,4 @@
-"""What is written to a checkpoint is read again, and what cannot be written."""
+"""What is written to a checkpoint is read again; what cannot be written, or not be read."""
 
 import chex
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_saved_and_loaded(version, tmp_path):
 
 
 FULL = """
-import resource, sys
+import pathlib, resource, sys
 import numpy as np
 from optax_dcasgd.parameter_server import _checkpoint
 checkpoints = _checkpoint.Checkpoints(sys.argv[1])
@@ -52,8 +52,10 @@ snapshot = _checkpoint.Snapshot(params, [], {"loss": np.zeros(1)}, {"history": {
 before = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # as if the disk were full
 checkpoints.save(1, snapshot)
-assert checkpoints.settle() is not None
+told = _checkpoint.reason(checkpoints.settle())
+assert told == "OSError: [Errno 27] File too large", told
 assert checkpoints.latest() is None
+assert not list(pathlib.Path(sys.argv[1]).iterdir())  # its parts take no space
 resource.setrlimit(resource.RLIMIT_FSIZE, before)
 checkpoints.save(1, snapshot)
 assert checkpoints.settle() is None
@@ -66,6 +68,19 @@ checkpoints.close()
 def test_a_checkpoint_is_written_though_the_one_before_failed(tmp_path):
     """In a process of its own, for what Orbax's threads leave behind then."""
     run_python(FULL, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyError("a"), "KeyError: 'a'"),
+        (ValueError("one\n\ntwo"), "ValueError: one"),
+        (ValueError(500 * "x"), f"ValueError: {200 * 'x'}..."),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_a_reason_is_one_short_line(error, told):
+    assert _checkpoint.reason(error) == told
 
 
 def test_a_failed_checkpoint_does_not_keep_the_next_from_being_written(tmp_path, monkeypatch):
@@ -85,3 +100,69 @@ def test_a_failed_checkpoint_does_not_keep_the_next_from_being_written(tmp_path,
     checkpoints.wait()
     assert checkpoints.latest() == 2
     checkpoints.close()
+
+
+DAMAGED = """
+import os, pathlib, shutil, sys
+import numpy as np
+from optax_dcasgd.parameter_server import _checkpoint
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    batch = content.find(b'"next_batch": 20')  # which becomes 30
+    content[len(content) // 2 if batch < 0 else batch + 14] ^= 1
+    path.write_bytes(content)
+
+damages = {
+    "removed": lambda path: shutil.rmtree(path) if path.is_dir() else path.unlink(),
+    "empty": lambda path: os.truncate(path, 0),
+    "cut in half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "another bit": flip,
+}
+intact = pathlib.Path(sys.argv[1], "intact")
+rng = np.random.default_rng(0)
+params, state = [rng.normal(size=3000), np.arange(5)], [rng.normal(size=300)]
+checkpoints = _checkpoint.Checkpoints(intact)
+for version in (1, 2):
+    meta = {"history": {"loss": "<f8"}, "next_batch": 10 * version}
+    scaled = [version * x for x in params]
+    snapshot = _checkpoint.Snapshot(scaled, state, {"loss": np.arange(version) / 3}, meta)
+    checkpoints.save(version, snapshot)
+checkpoints.wait()
+checkpoints.close()
+read = []
+for path in sorted((intact / "2").rglob("*")):
+    for damage in damages if path.is_file() else ["removed"]:
+        directory = shutil.copytree(intact, intact.with_name(f"damaged{len(read)}"))
+        damages[damage](directory / path.relative_to(intact))
+        checkpoints = _checkpoint.Checkpoints(directory)
+        load = lambda version: checkpoints.load(version, params, state)
+        version, loaded, damaged = checkpoints.newest(load)
+        checkpoints.close()
+        assert [each.version for each in damaged] == ([2] if version == 1 else []), damaged
+        assert all(len(each.reason) < 250 for each in damaged), damaged
+        expected = [*(version * x for x in params), *state, np.arange(version) / 3]
+        got = [*loaded.params, *loaded.state, loaded.history["loss"]]
+        for x, y in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(x, y, str((path, damage)))
+        assert loaded.meta["next_batch"] == 10 * version
+        read.append(version)
+assert len(read) > 40 and min(read.count(1), read.count(2)) > 10, read
+"""
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_read_as_it_was_or_the_one_before_is(tmp_path):
+    """With each file and directory damaged in turn; a process of its own, as above."""
+    run_python(DAMAGED, tmp_path)
+
+
+def test_a_directory_without_a_checkpoint_that_can_be_read(tmp_path):
+    for version in (3, 8):
+        (tmp_path / str(version)).mkdir()
+    message = f"(?s)holds no checkpoint.*can be read.*remove {tmp_path}/8, {tmp_path}/3"
+    with (
+        pytest.raises(ValueError, match=message),
+        _checkpoint.claimed(tmp_path, [], resume=True, num_updates=10),
+    ):
+        pass

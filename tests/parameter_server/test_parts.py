@@ -7,7 +7,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import ray
 from parameter_server_cases import PARTS_PARAMS as PARAMS
@@ -17,7 +16,6 @@ from optax_dcasgd.parameter_server import (
     _calls,
     _history,
     _metrics,
-    _server,
     _worker,
 )
 from optax_dcasgd.parameter_server._book import Book, Push
@@ -106,34 +104,7 @@ def test_what_rays_metrics_are_told(monkeypatch):
     }
 
 
-# The server's loop, its book and its calls.
-
-
-def test_who_is_missing_is_said_while_nothing_happens(monkeypatch):
-    for metric in ("Counter", "Gauge"):
-        monkeypatch.setattr(_metrics.metrics, metric, _Recorded)
-    layout = Layout(PARAMS)
-    options = _server.Options(
-        mode="async",
-        num_workers=2,
-        num_updates=10,
-        max_staleness=None,
-        on_stale="wait",
-        checkpoint_dir=None,
-        checkpoint_every=100,
-        compensation_every=None,
-        max_bad_pushes=0,
-        name=None,
-        signature=[],
-    )
-    server = _server.Server(optax.sgd(0.1), PARAMS, (layout, layout, layout), options, {})
-    server._roster.members = {0, 1}
-    server._roster.ready(1, is_idle=False)
-    assert not server.advance(0.2).events  # not yet
-    monkeypatch.setattr(_server, "_PATIENCE", 0.0)
-    event, *_ = server.advance(0.2).events
-    assert event.kind == "waiting"
-    assert "not started: [0]; that are computing: none" in event.message
+# The server's book and its calls.
 
 
 def book_with_dropped(batch, worker):
@@ -237,9 +208,10 @@ def test_a_worker_that_does_not_come(error, is_gone, monkeypatch):
 # Workers.
 
 
-def make_worker(grad_fn, batches, params):
+def make_worker(grad_fn, batches, params, transport_dtype=None):
     layout = Layout(params)
-    return _worker.Worker(grad_fn, batches, jax.random.key(0), layout, layout, layout), layout
+    sent = layout.cast(transport_dtype)
+    return _worker.Worker(grad_fn, batches, jax.random.key(0), layout, layout, sent), layout
 
 
 @pytest.mark.parametrize(
@@ -274,4 +246,44 @@ def test_one_number_that_is_not_finite_is_found(bad, where):
     packed = layout.pack([grad])
     assert isinstance(worker.gradient(0, packed), _worker.Computed)
     grad[where] = bad
-    assert worker.gradient(0, packed) == _worker.Refused("grads['w'] is not finite (batch 0)")
+    told = "grads['w'] is not finite (batch 0)"
+    assert worker.gradient(0, packed) == _worker.Refused(told, True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [(jnp.float16, 65504), (jnp.bfloat16, 3.38e38), (jnp.float8_e4m3fn, 448)],
+    ids=["float16", "bfloat16", "float8"],
+)
+def test_a_gradient_has_to_be_finite_as_it_is_sent(dtype, largest):
+    """It may be before it is rounded, and infinite or NaN after that."""
+    grads = {"a": np.ones(2, np.float32), "b": np.full(3, largest, np.float32)}
+
+    def answer(dtype):
+        worker, layout = make_worker(
+            lambda params, batch, key: (jnp.zeros(()), {"a": params["a"], "b": batch}),
+            lambda i: grads["b"],
+            grads,
+            dtype,
+        )
+        return worker.gradient(0, layout.pack(jax.tree.leaves(grads)))
+
+    assert isinstance(answer(dtype), _worker.Computed)
+    grads["b"][1] *= 1.005 if dtype == jnp.bfloat16 else 1.1
+    name = np.dtype(dtype).name
+    told = f"grads['b'] is not finite as {name}, the transport_dtype (batch 0)"
+    assert answer(dtype) == _worker.Refused(told, True)
+    grads["b"][1] = np.nan
+    for sent in (dtype, jnp.float4_e2m1fn):  # the latter has no NaN
+        assert answer(sent) == _worker.Refused("grads['b'] is not finite (batch 0)", True)
+
+
+# Machines.
+
+
+def test_how_long_ray_waits_for_a_machine():
+    """As docs/parameter_server.md has it, in milliseconds and checks."""
+    config = ray._raylet.Config
+    assert config.health_check_timeout_ms() == 10_000
+    assert config.health_check_period_ms() == 3_000
+    assert config.health_check_failure_threshold() == 5

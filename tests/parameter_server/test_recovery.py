@@ -9,6 +9,7 @@ import threading
 import time
 
 import chex
+import jax
 import numpy as np
 import optax
 import parameter_server_cases as cases
@@ -26,6 +27,7 @@ from parameter_server_runs import (
     wait_until,
 )
 
+from optax_dcasgd import add_delay_compensation
 from optax_dcasgd.parameter_server import _driver
 
 pytestmark = ON_RAY
@@ -42,6 +44,8 @@ def test_a_server_that_is_killed_goes_on_from_its_checkpoint(tmp_path):
     def until():
         seen.update(wait_until(lambda: versions(tmp_path) - seen))
         time.sleep(0.3)
+        with pytest.raises(ValueError, match="is in use by another run"):
+            train(900, checkpoint_dir=tmp_path)
 
     with meanwhile(kill_server, until, 2):
         options = {"checkpoint_dir": tmp_path, "checkpoint_every": 100}
@@ -108,13 +112,44 @@ def test_resumed_by_default(tmp_path):
             train(num_updates, **more, **options)
 
 
+def test_resumed_from_an_older_checkpoint_and_with_another_key(tmp_path):
+    """The newest is damaged. This loss does not use the key, so that it replays all the same."""
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 30}
+    train(80, **options)
+    (tmp_path / "80" / "meta" / "metadata").write_text("{")
+    result = train(120, key=jax.random.key(1), **options)
+    assert [event.kind for event in result.events] == ["checkpoint damaged", "resumed", "changed"]
+    damaged, _, changed = result.events
+    assert "20 updates are lost" in damaged.message
+    assert changed.message.startswith("key differ")
+    assert_sound(result)
+
+
+def test_a_run_that_diverges_goes_on_from_its_last_checkpoint(tmp_path):
+    """With a rate of 1e30 no gradient is finite before the parameters are infinite."""
+
+    def tx(rate):
+        rates = [optax.constant_schedule(rate) for rate in (0.02, rate)]
+        return optax.chain(add_delay_compensation(), optax.sgd(optax.join_schedules(rates, [65])))
+
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 30}
+    told = r"No gradient is finite with such parameters \(params\['.*e\+\d\d\).*of 60 updates"
+    with pytest.raises(RuntimeError, match=f"Training has diverged. {told}"):
+        train(200, tx=tx(1e30), **options)
+    assert versions(tmp_path) == {30, 60}
+    result = train(200, tx=tx(0.02), **options)
+    assert [event.kind for event in result.events] == ["resumed", "changed"]
+    given_up = set(range(200)) - set(result.history.batch.tolist())
+    assert_sound(result, skipped=given_up, tx=tx(0.02))
+
+
 def test_a_directory_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"checkpoint_dir .*file/run cannot be written"):
         train(checkpoint_dir=tmp_path / "file" / "run")
     other = tmp_path / "other"
     (other / "7").mkdir(parents=True)
-    with pytest.raises(ValueError, match="none of the parameter server's"):
+    with pytest.raises(ValueError, match=r"holds no checkpoint .* can be read .*remove .*other/7"):
         train(checkpoint_dir=other)
 
 
@@ -153,7 +188,9 @@ parameter_server.train(
 """
 
 
-def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_script_that_ends_leaves_a_checkpoint_and_no_processes(how, tmp_path):
+    """The last one where it is interrupted; one to go on from at once where it is killed."""
     before = {p.pid for p in psutil.process_iter()}
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(
@@ -166,18 +203,30 @@ def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(tmp_path):
     )
     wait_until(lambda: process.poll() is not None or max(versions(tmp_path), default=0) >= 100)
     assert process.poll() is None, process.communicate()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "KeyboardInterrupt" in errors
-    assert "Interrupted; a checkpoint of" in errors
-    assert int(errors.split("Interrupted; a checkpoint of ")[1].split()[0]) in versions(tmp_path)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "KeyboardInterrupt" in errors
+        assert "Interrupted; a checkpoint of" in errors
+        written = int(errors.split("Interrupted; a checkpoint of ")[1].split()[0])
+        assert written in versions(tmp_path)
+    else:
+        process.kill()
+        process.wait(timeout=60)
+        options = {"num_workers": 2, "batches": cases.Batches(), "checkpoint_dir": tmp_path}
+        result = train(max(versions(tmp_path)) + 100, **options)
+        assert [event.kind for event in result.events] == ["resumed"]
+        assert_sound(result)
+        process.communicate(timeout=60)
 
-    def strays():
+    def strays():  # those whose parent is gone
+        ours = {p.pid for p in psutil.Process().children(recursive=True)}
         return [
             p
             for p in psutil.process_iter(["name", "cmdline"])
-            if p.pid not in before and "ray" in " ".join(p.info["cmdline"] or [p.info["name"]])
+            if p.pid not in before | ours
+            and "ray" in " ".join(p.info["cmdline"] or [p.info["name"]])
         ]
 
     wait_until(lambda: not strays())
