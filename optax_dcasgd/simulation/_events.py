@@ -36,7 +36,7 @@ def arrivals(
 
     Args:
       key: A JAX random key.
-      num_workers: M.
+      num_workers: M, the number of workers.
       num_updates: How many pushes to simulate.
       compute_time: `deterministic`, `exponential` (the default, with a mean of one second) or
         `lognormal`; or any function of a random key that returns seconds (at least zero). A number

@@ -1,5 +1,7 @@
 """examples/overlapped_data_parallel.py and pipeline_delay.py, with models that compile fast."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,29 @@ def test_overlapped_table_and_words(overlapped, tmp_path):
     assert "; compensation helped (0 of 3 runs failed, 3 without)." in words
     overlapped.plot(accuracies, [0.02], "made up", tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_small_pipeline(pipeline, capsys, tmp_path, monkeypatch):
+    sizes = {"WIDTH": 8, "HEADS": 1, "CONTEXT": 8, "BATCH": 4, "EVALUATE_EVERY": 10}
+    for name, value in sizes.items():
+        monkeypatch.setattr(pipeline, name, value)
+    options = ["--blocks=1", "--stages=2", "--updates=20", "--seeds=1", "--methods=both"]
+    pipeline.main([*options, "--sgd-rates=0.1", "--adam-rates", f"--out={tmp_path}"])
+    output = capsys.readouterr()
+    assert "2 stages, delays 1 to 0, 20 updates, 1 seeds" in output.out
+    words = "SGD 0.1: the delays made no clear difference; both made no clear difference."
+    assert words in output.out  # one seed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["curves"]) == ["SGD"]
+    (methods,) = results["curves"]["SGD"].values()
+    losses = {method: runs[0] for method, runs in methods.items()}
+    assert sorted(losses) == ["both", "fresh", "stale"]
+    assert len({tuple(curve) for curve in losses.values()}) == 3
+    for method, (first, last) in losses.items():
+        assert last < first  # it learns
+        assert f"| {method} | {last:.2f} |" in output.out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_pipeline_methods_are_what_their_names_say(pipeline, tmp_path):
