@@ -13,7 +13,7 @@ import reference
 from common import assert_bit_equal
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from transformation_cases import CASES, DISTINCT, GRADS, NUM_WORKERS, inputs, make_step
+from transformation_cases import CASES, DISTINCT, GRADS, NUM_WORKERS, PARAMS, inputs, make_step
 
 import optax_dcasgd as dc
 
