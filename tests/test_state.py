@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import reference
 from common import assert_bit_equal
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from transformation_cases import CASES, DISTINCT, NUM_WORKERS, inputs, make_step
+from transformation_cases import CASES, DISTINCT, GRADS, NUM_WORKERS, PARAMS, inputs, make_step
 
 import optax_dcasgd as dc
 
@@ -213,3 +214,23 @@ def test_a_saved_or_pickled_state_resumes_to_the_same_bits(name, tmp_path):
     assert_bit_equal(pickle.loads(pickle.dumps(saved)), saved)
     resumed = step(*restored.values(), *inputs(name, 3)[1:])
     assert_bit_equal(resumed, step(params, state, *inputs(name, 3)[1:]))
+
+
+@pytest.mark.parametrize("first", ["dcasgd", "fused_dcasgd"])
+def test_a_checkpoint_of_one_loads_in_the_other(first, tmp_path):
+    tx = getattr(dc, first)(0.1, 0.9, 0.5, decay=0.9)
+    second = {"dcasgd": dc.fused_dcasgd, "fused_dcasgd": dc.dcasgd}[first](0.1, 0.9, 0.5, decay=0.9)
+    params, state, step = PARAMS, tx.init(PARAMS), jax.jit(make_step(tx))
+    for t in range(3):
+        params, state = step(params, state, GRADS[t], {})
+    saved = {"params": params, "state": state}
+    target = {"params": PARAMS, "state": second.init(PARAMS)}
+    params, state = save_and_restore(tmp_path / "checkpoint", saved, target).values()
+    step = jax.jit(make_step(second))
+    for t in range(3, 6):
+        params, state = step(params, state, GRADS[t], {})
+
+    expected = reference.one_update_old(
+        lambda stale, t: GRADS[t], PARAMS, 6, lr=0.1, momentum=0.9, lamda=0.5, decay=0.9
+    )
+    chex.assert_trees_all_close(reference.wide(params), expected[-1], rtol=1e-5, atol=1e-6)
