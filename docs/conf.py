@@ -32,6 +32,8 @@ default_role = "py:obj"
 autodoc_typehints = "none"  # the docstrings say what the arguments are
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
+napoleon_use_ivar = True
 add_module_names = False
 
 html_theme = "sphinx_book_theme"
