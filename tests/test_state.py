@@ -232,6 +232,22 @@ def test_a_saved_or_pickled_state_resumes_to_the_same_bits(name, tmp_path):
     assert_bit_equal(resumed, step(params, state, *inputs(name, 3)[1:]))
 
 
+def test_a_checkpoint_restored_without_its_types_is_not_permuted(tmp_path):
+    """Orbax returns dictionaries then, sorted, which lend their leaves to the state's structure."""
+    saved = {}
+    for name, case in CASES.items():
+        state = case.make().init(inputs(name, 0)[0])
+        leaves, structure = jax.tree.flatten(state)
+        saved[name] = structure.unflatten(jnp.full_like(x, i) for i, x in enumerate(leaves))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "checkpoint")
+    for name, state in saved.items():
+        leaves = jax.tree.leaves(restored[name])
+        assert_bit_equal(jax.tree.structure(state).unflatten(leaves), state)
+
+
 @pytest.mark.parametrize("first", ["dcasgd", "fused_dcasgd"])
 def test_a_checkpoint_of_one_loads_in_the_other(first, tmp_path):
     tx = getattr(dc, first)(0.1, 0.9, 0.5, decay=0.9)
