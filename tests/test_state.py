@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import reference
@@ -202,6 +203,22 @@ def test_a_state_of_abstract_parameters_is_sharded_as_they_are(name):
             assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (path, leaf.sharding)
 
     jax.tree_util.tree_map_with_path(check, state, concrete)
+
+
+def test_copies_of_abstract_parameters_are_in_the_memory_of_the_parameters():
+    """Those that are kept on the host, say, where the backups of many workers fit."""
+    mesh = jax.make_mesh((8,), ("x",))
+    sharding = NamedSharding(mesh, P("x"), memory_kind="pinned_host")
+    params = {"w": jax.ShapeDtypeStruct((8, 2), jnp.bfloat16, sharding=sharding)}
+    inner = dc.remember_params(dc.add_delay_compensation(decay=None), num_workers=3)
+    backups = inner.init(params).prev_params["w"]
+    one_copy = dc.with_master_weights(dc.remember_params(optax.identity())).init(params)
+    for leaf, spec in [
+        (backups, P(None, "x")),
+        (one_copy.master["w"], P("x")),
+        (one_copy.inner_state.prev_params["w"], P("x")),
+    ]:
+        assert leaf.sharding == NamedSharding(mesh, spec, memory_kind="pinned_host")
 
 
 # --- Kept ---
