@@ -74,6 +74,9 @@ def _check_structure(
 def _dtype(name: str, path: Any, leaf: Any) -> Any:
     """The dtype of a leaf, or None if JAX can make no array of it."""
     _check_byte_order(name, path, leaf)
+    if isinstance(leaf, jax.Ref):
+        where = name + jax.tree_util.keystr(path)
+        raise TypeError(f"{where} is a Ref, which others may write. Pass what it holds, ref[...].")
     try:
         return _trees.dtype_of(leaf)
     except TypeError:
@@ -113,9 +116,9 @@ def check_arrays(name: str, tree: Any, remedy: str = "") -> None:
 
 def _check_shape(name: str, path: Any, leaf: Any, shape: tuple[int, ...], like_name: str) -> None:
     _check_byte_order(name, path, leaf)
-    if jnp.shape(leaf) != shape:
+    if np.shape(leaf) != shape:
         raise ValueError(
-            f"{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but {like_name} has "
+            f"{name}{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but {like_name} has "
             f"shape {shape}."
         )
 
@@ -160,12 +163,12 @@ def check_updates(updates: Any, params: Any, argument: str = "updates") -> None:
 
     def check(path: Any, update: Any, param: Any) -> None:
         if update is not None:
-            dtype = getattr(update, "dtype", None)
-            if dtype is not None and not jnp.issubdtype(dtype, jnp.number):
+            dtype = getattr(update, "dtype", type(update))
+            if not jnp.issubdtype(dtype, jnp.number):
                 name = argument + jax.tree_util.keystr(path)
-                raise TypeError(f"{name} has dtype {dtype}, which is no gradient's.")
+                raise TypeError(f"{name} {_kind(update)}, which is no gradient.")
             _check_byte_order("params", path, param)
-            _check_shape(argument, path, update, jnp.shape(param), "the parameter")
+            _check_shape(argument, path, update, np.shape(param), "the parameter")
             _check_real(argument, path, update, param)
 
     jax.tree_util.tree_map_with_path(check, updates, params, is_leaf=_trees.is_none)
@@ -244,7 +247,7 @@ def align(name: str, tree: Any, params: Any) -> Any:
     def leaf(path: Any, param: Any, value: Any) -> Any:
         if _trees.is_masked(param):
             return param
-        _check_shape(name, path, value, jnp.shape(param), "the parameter")
+        _check_shape(name, path, value, np.shape(param), "the parameter")
         _check_real(name, path, value, param)
         return value
 

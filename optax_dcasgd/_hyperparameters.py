@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from optax_dcasgd import _arguments
+
 Hyperparameters = dict[str, Any]
 
 
@@ -17,7 +19,7 @@ def at_count(hyperparams: Hyperparameters, count: jax.Array) -> Hyperparameters:
     """Evaluates the schedules at an update count.
 
     Raises:
-      ValueError: Names the schedule that does not return a number.
+      ValueError: Names the schedule that does not return a number, or no legal one.
     """
 
     def value(name: str, hyperparam: Any) -> Any:
@@ -26,6 +28,8 @@ def at_count(hyperparams: Hyperparameters, count: jax.Array) -> Hyperparameters:
         now = hyperparam(count)
         if now is None or np.shape(now) != ():
             raise ValueError(f"{name} is a schedule and must return a scalar; it returned {now!r}.")
+        if name in ("decay", "momentum"):  # one of 1, maybe by rounding, never forgets
+            _arguments.check_scalar(name, now, minimum=0.0, below=1.0, schedule=False)
         return now
 
     return {name: value(name, hyperparam) for name, hyperparam in hyperparams.items()}

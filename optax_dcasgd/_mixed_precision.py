@@ -27,12 +27,17 @@ def with_master_weights(
         master' = master + inner's update;   params' = round(master')
 
     Parameters of other dtypes go to ``inner`` as they are. This is MXNet's ``multi_precision``, for
-    every narrow dtype and around any optimizer. Put it outermost.
+    every narrow dtype and around any optimizer.
+
+    Put it outermost. ``optax.ema``, ``optax.trace`` and ``optax.apply_every`` go into the chain
+    that is ``inner``: behind it their sums start in bfloat16 and are float32 after one update,
+    which ``jax.lax.scan`` refuses ("carry ... must have equal types"). ``optax.apply_if_finite``,
+    ``optax.conditionally_transform`` and ``optax.conditionally_mask`` go inside too: around it,
+    their ``jax.lax.cond`` finds float32 in one branch and bfloat16 in the other.
 
     The updates of narrow parameters are float32 where JAX adds that to the parameter by itself: not
     every bfloat16 number can be reached from another by adding a third, and ``optax.apply_updates``
-    casts the sum back. (So put ``optax.apply_if_finite`` inside: around it, it would pass bfloat16
-    zeros on.) For float8 and float4, and under strict dtype promotion, the update has the
+    casts the sum back. For float8 and float4, and under strict dtype promotion, the update has the
     parameter's dtype; a step of more than half the parameter may then end next to the rounded
     master. Wherever a parameter is not the rounded master (so, or because something else wrote it:
     a checkpoint, a projection) the master follows the parameter.

@@ -71,7 +71,7 @@ def stack_copies(x: Any, num: int) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         sharding = x.sharding
         if isinstance(sharding, NamedSharding):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+            sharding = sharding.update(spec=PartitionSpec(None, *sharding.spec))
         return jax.ShapeDtypeStruct((num, *x.shape), x.dtype, sharding=sharding)
     return jnp.stack([jnp.asarray(x, dtype_of(x))] * num)
 

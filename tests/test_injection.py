@@ -188,6 +188,19 @@ def test_an_injected_decay_that_rounds_to_one_is_refused(name, argument):
         tx.update(HALF, state, HALF, **of_worker(state))
 
 
+@pytest.mark.parametrize(("name", "argument"), DECAYS)
+def test_a_decay_that_a_schedule_rounds_to_one_is_refused(name, argument):
+    _, factory, _ = ALL_FACTORIES[name]
+    if name == "track_velocity":
+        return  # takes no schedule
+    for now in (1.0, np.float16(0.9999), jnp.bfloat16(0.999), -0.5):
+        tx = factory(**{argument: lambda count, now=now: now})
+        state = tx.init(HALF)
+        extras = {"worker": 0} if getattr(state, "pulled_at", None) is not None else {}
+        with pytest.raises(ValueError, match=f"{argument} must be .* below 1"):
+            tx.update(HALF, state, HALF, **extras)
+
+
 @pytest.mark.parametrize("name", ALL_FACTORIES)
 def test_injected_numbers_of_another_dtype_need_no_promotion(name):
     inject, factory, names = ALL_FACTORIES[name]

@@ -49,6 +49,19 @@ INNER = {
     ),
     "inject_hyperparams": (lambda: optax.inject_hyperparams(dc.dcasgd)(0.1, 0.9, 0.5), no_extras),
     "delay_gradients": (lambda: dc.delay_gradients(rules(), 2), no_extras),
+    # What behind or around the masters would see float32 updates of bfloat16 parameters.
+    "ema-trace": (
+        lambda: optax.chain(rules(), optax.trace(0.5), optax.ema(0.9)),
+        given,
+    ),
+    "apply_every": (lambda: optax.chain(rules(), optax.apply_every(2)), given),
+    "conditionally_transform": (
+        lambda: optax.conditionally_mask(
+            optax.conditionally_transform(rules(), lambda step: step % 2 == 0),
+            lambda step: step != 1,
+        ),
+        given,
+    ),
 }
 
 

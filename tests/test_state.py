@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import reference
@@ -188,6 +189,22 @@ def test_a_state_of_abstract_parameters_is_sharded_as_they_are(name):
     jax.tree_util.tree_map_with_path(check, state, concrete)
 
 
+def test_copies_of_abstract_parameters_are_in_the_memory_of_the_parameters():
+    """Those that are kept on the host, say, where the backups of many workers fit."""
+    mesh = jax.make_mesh((8,), ("x",))
+    sharding = NamedSharding(mesh, P("x"), memory_kind="pinned_host")
+    params = {"w": jax.ShapeDtypeStruct((8, 2), jnp.bfloat16, sharding=sharding)}
+    inner = dc.remember_params(dc.add_delay_compensation(decay=None), num_workers=3)
+    backups = inner.init(params).prev_params["w"]
+    one_copy = dc.with_master_weights(dc.remember_params(optax.identity())).init(params)
+    for leaf, spec in [
+        (backups, P(None, "x")),
+        (one_copy.master["w"], P("x")),
+        (one_copy.inner_state.prev_params["w"], P("x")),
+    ]:
+        assert leaf.sharding == NamedSharding(mesh, spec, memory_kind="pinned_host")
+
+
 # --- Kept ---
 
 
@@ -214,6 +231,22 @@ def test_a_saved_or_pickled_state_resumes_to_the_same_bits(name, tmp_path):
     assert_bit_equal(pickle.loads(pickle.dumps(saved)), saved)
     resumed = step(*restored.values(), *inputs(name, 3)[1:])
     assert_bit_equal(resumed, step(params, state, *inputs(name, 3)[1:]))
+
+
+def test_a_checkpoint_restored_without_its_types_is_not_permuted(tmp_path):
+    """Orbax returns dictionaries then, sorted, which lend their leaves to the state's structure."""
+    saved = {}
+    for name, case in CASES.items():
+        state = case.make().init(inputs(name, 0)[0])
+        leaves, structure = jax.tree.flatten(state)
+        saved[name] = structure.unflatten(jnp.full_like(x, i) for i, x in enumerate(leaves))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "checkpoint")
+    for name, state in saved.items():
+        leaves = jax.tree.leaves(restored[name])
+        assert_bit_equal(jax.tree.structure(state).unflatten(leaves), state)
 
 
 @pytest.mark.parametrize("first", ["dcasgd", "fused_dcasgd"])

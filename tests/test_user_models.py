@@ -43,6 +43,8 @@ def test_no_leaf_but_a_parameter_is_initialised(name):
     for tree in others.values():
         with raises(TypeError, "params", "optax.masked", OF_EQUINOX):
             CASES[name].make().init(tree)
+    with raises(TypeError, "params['a'] is a Ref", "ref[...]"):
+        CASES[name].make().init({"a": jax.new_ref(jnp.ones(2))})
 
 
 # Those with a tree of delays or multipliers are of another model; of the others some keep nothing

@@ -67,9 +67,10 @@ def robust_delay_compensation(
         last axis; an int or a tuple of ints (negative ones count from the end; ``()`` makes a whole
         parameter one unit); a prefix tree of them over the parameters (a tuple of ints is axes,
         not a node of that tree); or a function ``(path, parameter) -> None, an int or a tuple``,
-        with the path of ``jax.tree_util.tree_map_with_path``. ``0`` for weights stored as (out,
-        in), ``(0, -1)`` for layers stacked along a first axis, as for ``nn.scan``; ``(-2, -1)`` for
-        attention kernels of shape (embed, heads, head_dim).
+        with the path of ``jax.tree_util.tree_map_with_path``. None is right for Flax and Haiku, but
+        for ``(-2, -1)`` for attention kernels of shape (embed, heads, head_dim) and ``(0, -1)`` for
+        layers stacked along a first axis, as by ``nn.scan``. Equinox, which stores (out, in), takes
+        ``0``, and ``-1`` for embeddings. ``docs/units.md`` has a table of layers.
       accumulator_dtype: The dtype of :math:`\nu`; by default float32 or that of the parameter,
         whichever is wider.
 
