@@ -163,6 +163,9 @@ def plot_curves(cells: list[Cell], updates: np.ndarray, measure: Measure, path: 
             (handles[method],) = axis.plot(updates, runs.mean(0), line, color=color, lw=1.6)
             axis.fill_between(updates, runs.min(0), runs.max(0), color=color, alpha=0.12, lw=0)
         axis.set(title=name, xlabel="updates", ylabel="loss", yscale="log")
+        axis.set_ylim(top=min(axis.get_ylim()[1], 5))  # a guess costs 2.3 or 4.5
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:.2g}")
         axis.grid(alpha=0.3, which="both")
     for axis in axes[len(found) :]:
         axis.remove()
