@@ -78,9 +78,11 @@ def text(cell: Cell, measure: Measure) -> str:
 
 
 def share_closed(fresh: Cell, stale: Cell, cell: Cell, measure: Measure) -> str:
-    """Of what staleness cost, the share that this cell does not lose; in percent."""
-    means = [float(np.mean(measure.final(c))) for c in (fresh, stale, cell)]
-    if not all(map(math.isfinite, means)) or means[1] <= means[0]:
+    """Of what staleness cost, the share that this cell does not lose; if it clearly cost anything."""
+    finals = [measure.final(c) for c in (fresh, stale, cell)]
+    means = [float(np.mean(values)) for values in finals]
+    hurt = compare(finals[0], finals[1], standard_errors=3) == "hurt"
+    if not (hurt and all(map(math.isfinite, means))):
         return ""
     return f"{100 * (means[1] - means[2]) / (means[1] - means[0]):.0f} %"
 
