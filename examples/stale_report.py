@@ -78,7 +78,7 @@ def text(cell: Cell, measure: Measure) -> str:
 
 
 def share_closed(fresh: Cell, stale: Cell, cell: Cell, measure: Measure) -> str:
-    """Of what staleness cost, the share that this cell does not lose; if it clearly cost anything."""
+    """Of what staleness clearly cost, the share that this cell does not lose; in percent."""
     finals = [measure.final(c) for c in (fresh, stale, cell)]
     means = [float(np.mean(values)) for values in finals]
     hurt = compare(finals[0], finals[1], standard_errors=3) == "hurt"
