@@ -1,6 +1,7 @@
 """What the examples share: command line arguments, and how runs are judged."""
 
 import argparse
+import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -41,6 +42,19 @@ def make_folder(parser: argparse.ArgumentParser, out: Path) -> None:
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         parser.error(f"argument --out: cannot write to {out}: {error.strerror}")
+
+
+def read_entries(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a file of JSON lines, if there is one, that have these settings.
+
+    An interrupted run's unfinished last line is removed, so that a next one can be written.
+    """
+    text = path.read_text() if path.exists() else ""
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text)
+    entries = [json.loads(line) for line in text.splitlines()]
+    return [entry for entry in entries if entry.pop("settings") == settings]
 
 
 def std(values: Sequence[float] | np.ndarray) -> float:

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import count, fraction, make_folder, positive
+from common import count, fraction, make_folder, positive, read_entries
 from compare_async_plots import plot_all
 from compare_async_problems import PROBLEMS, split
 from compare_async_report import Cell, report
@@ -218,14 +218,8 @@ class CellFile:
     def __init__(self, path: Path, settings: dict[str, Any], kind: Any = Cell):
         self.path, self.settings, self.kind = path, settings, kind
         self.cells: dict[tuple, Any] = {}
-        text = path.read_text() if path.exists() else ""
-        if text and not text.endswith("\n"):  # an interrupted run's unfinished last line
-            text = text[: text.rfind("\n") + 1]
-            path.write_text(text)
-        for line in text.splitlines():
-            entry = json.loads(line)
-            if entry.pop("settings") == settings:
-                self._add(entry)
+        for entry in read_entries(path, settings):
+            self._add(entry)
 
     def append(self, cells: Iterable[Any]) -> None:
         """Writes cells to the end of the file."""

@@ -24,7 +24,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import count, make_folder, number, positive
+from common import count, make_folder, number, positive, read_entries
 from tqdm import tqdm
 
 from optax_dcasgd import (
@@ -143,14 +143,8 @@ class Grid:
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path, self.settings = path, settings
         self.cells: dict[str, Cell] = {}
-        text = path.read_text() if path.exists() else ""
-        if text and not text.endswith("\n"):  # an interrupted run's unfinished last line
-            text = text[: text.rfind("\n") + 1]
-            path.write_text(text)
-        for line in text.splitlines():
-            entry = json.loads(line)
-            if entry["settings"] == settings:
-                self._add(entry)
+        for entry in read_entries(path, settings):
+            self._add(entry)
 
     def run(
         self,

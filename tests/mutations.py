@@ -303,7 +303,7 @@ MUTATIONS = [
         "rules/test_compensation.py::test_the_steps_of_the_gap_are_those_taken_and_not_those_from_the_stale_parameters",
     ),
     Mutation(
-        25,
+        19,
         "the pseudo-gradient of local steps points uphill",
         "_local_updates.py",
         "lambda p, s: -s.astype(p.dtype)",

@@ -132,10 +132,40 @@ def test_a_run_that_learned_nothing_has_failed(overlapped):
 # --- The pipeline ---
 
 
+SIZES = {"WIDTH": 8, "HEADS": 1, "CONTEXT": 8, "BATCH": 4, "EVALUATE_EVERY": 10}
+
+
+def all_three_by_hand(pipeline, seed):
+    """The losses of a plain loop with what a user would write; two stages, SGD at 0.1."""
+    train, validation = map(jnp.asarray, pipeline.load_text())
+    model = pipeline.Transformer(int(train.max()) + 1, 1, nnx.Rngs(seed))
+    graphdef, params = nnx.split(model, nnx.Param)
+    delays = dc.pipeline_delays(params, pipeline.layers(1), 2)
+    links = [dc.robust_delay_compensation(), optax.sgd(0.1, 0.9)]
+    links += [optax.scale_by_optimistic_gradient(), dc.track_velocity(0.0)]
+    tx = dc.delay_gradients(optax.chain(*links), delays)
+
+    @jax.jit
+    def step(params, state, batch):
+        at = dc.predict_params(params, state, delays)
+        grads = jax.grad(pipeline.loss_fn, argnums=1)(graphdef, at, batch)
+        updates, state = tx.update(grads, state, params, stale_params=at)
+        return optax.apply_updates(params, updates), state
+
+    state, key, losses = tx.init(params), jax.random.key(seed), []
+    for t in range(1, 21):
+        key, now = jax.random.split(key)
+        first = jax.random.randint(now, (4, 1), 0, len(train) - 8)
+        params, state = step(params, state, train[first + jnp.arange(9)])
+        if t % 10 == 0:
+            held_out = validation[: len(validation) // 512 * 512].reshape(512, -1)[:, :9]
+            losses.append(pipeline.loss_fn(graphdef, params, held_out))
+    return losses
+
+
 @pytest.mark.slow
 def test_a_small_pipeline_and_going_on_with_it(pipeline, capsys, tmp_path, monkeypatch):
-    sizes = {"WIDTH": 8, "HEADS": 1, "CONTEXT": 8, "BATCH": 4, "EVALUATE_EVERY": 10}
-    for name, value in sizes.items():
+    for name, value in SIZES.items():
         monkeypatch.setattr(pipeline, name, value)
     options = ["--blocks=1", "--stages=2", "--updates=20", "--seeds=2", f"--out={tmp_path}"]
     options += ["--sgd-rates=0.1", "--adam-rates", "--muon-rates", "--methods", "fresh", "stale"]
@@ -154,6 +184,7 @@ def test_a_small_pipeline_and_going_on_with_it(pipeline, capsys, tmp_path, monke
     assert [loss.shape for loss in losses] == [(2, 2)] * 3
     assert all((loss[:, 1] < loss[:, 0]).all() for loss in losses)  # it learns
     assert len({loss[0, 1] for loss in losses} | {loss[1, 1] for loss in losses}) == 6
+    np.testing.assert_allclose(losses[2][1], all_three_by_hand(pipeline, 1), rtol=1e-4)
     for name in ("curves.png", "overhead.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(pipeline, "Trainer", None)
