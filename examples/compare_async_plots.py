@@ -74,10 +74,10 @@ def plot_error_over_time(groups: Groups, title: str, path: Path) -> None:
                     label=f"{method} (M=1)" if method == "SGD" else method,
                 )
         axis.set(xscale="log", yscale="log", ylim=(1, 100), title=f"M = {w}")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            one.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            one.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel(f"test error, % (running mean of {WINDOW})")

@@ -42,10 +42,11 @@ SLOWER = 4  # times as long
 
 FULL: dict[str, Any] = {"workers": [4, 8, 16], "steps": [1, 4, 16, 64], "seeds": 5}
 FULL |= {"methods": ["SSGD", "ASGD", "lr/sqrt-tau", "DC-a-clipped", "robust"]}
-FULL |= {"rates": [0.0625, 0.125, 0.25, 0.5, 1.0, 2.0], "speeds": list(SPEEDS), "batches": 3072}
+FULL |= {"rates": [0.0625, 0.125, 0.25, 0.5, 1.0, 2.0], "speeds": list(SPEEDS), "batches": 6144}
+FULL |= {"target": 0.3}
 QUICK: dict[str, Any] = {"workers": [4, 16], "steps": [1, 16], "seeds": 3}
-QUICK |= {"methods": ["SSGD", "ASGD", "robust"], "rates": [0.125, 0.5, 1.0], "speeds": ["1:4"]}
-QUICK |= {"batches": 1536}
+QUICK |= {"methods": ["SSGD", "ASGD", "robust"], "rates": [0.125, 0.5, 1.0, 2.0], "speeds": ["1:4"]}
+QUICK |= {"batches": 1536, "target": 0.5}
 
 Kind = tuple[str, int, int, str]  # speeds, H, M, method
 
@@ -197,13 +198,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add("--batch-size", type=count, default=32, metavar="N", help="images a local step [32]")
     add("--evaluations", type=count, default=48, metavar="N", help="during a run [48]")
-    add("--target", type=positive, metavar="LOSS", help="training loss to reach")
+    add("--target", type=positive, metavar="LOSS",
+        help="training loss to reach; at a low one no barrier gets there "
+        f"[{FULL['target']}; --quick {QUICK['target']}]")  # fmt: skip
     add("--out", type=Path, default=Path("local_steps_out"), help="folder for the results")
     args = parser.parse_args(argv)
     for name, value in (FULL | (QUICK if args.quick else {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.target = args.target or PROBLEMS[args.problem].target
     args.pushes = args.batches  # what `Trainer` calls them
     for name in ("workers", "steps", "speeds", "methods", "rates"):
         values = getattr(args, name)

@@ -155,6 +155,8 @@ def _update(optimizer: Any, grads: Any, state: Any, params: Any) -> Any:
     try:
         return optimizer.update(grads, state, params, **fresh)
     except TypeError as error:
+        if "argument" not in str(error):
+            raise
         raise TypeError(
             "tx cannot be the optimizer of local_updates, which calls tx.update(grads, state, "
             f"params, stale_params=..., staleness=...): {error}. Choose one that needs no other "
