@@ -43,13 +43,10 @@ def fingerprint(
         state, extra = optimizer.init(params), {"worker": np.int32(0), "staleness": np.int32(0)}
         return state, optimizer.update(params, state, params, stale_params=params, **extra)
 
-    of_batches = _of_tree(batch if callable(batches) else batches)
-    if callable(batches) and of_batches != _of_tree(batches(0)):
-        of_batches = None  # it is another one each time
     return {
         "grad_fn": _of_function(grad_fn, params, batch, key),
         "tx": _of_function(init_and_update, params),
-        "batches": of_batches,
+        "batches": _of_batch_0(batches, batch) if callable(batches) else _of_tree(batches),
         "key": _of_tree(key),
         "jax": f"{jax.__version__} {jax.default_backend()}",
     }
@@ -74,6 +71,15 @@ def _of_function(function: Callable[..., Any], *args: Any) -> str | None:
         return f"{checksum(to_raw(traced.consts), zlib.crc32(text)):08x}"
     except Exception:  # it is compared where that can be, and no more
         return None
+
+
+def _of_batch_0(batches: Callable[[int], Any], batch: Any) -> str | None:
+    """None for what is another one each time, or is not to be had twice."""
+    try:
+        again = _of_tree(batches(0))
+    except Exception:
+        return None
+    return again if again == _of_tree(batch) else None
 
 
 def _of_tree(tree: Any) -> str | None:

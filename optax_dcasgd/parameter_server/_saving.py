@@ -106,19 +106,20 @@ class Saving:
         return None
 
     def save(self) -> int | None:
-        """Writes a checkpoint and waits for it; returns its version, None without a directory.
+        """Writes a checkpoint and waits for it; returns its version.
 
-        Where `failure` says why it cannot be, the version is that of the last one.
+        None without a directory, and where `failure` says why nothing may be written.
         """
         if self._checkpoints is None:
             return None
         if (error := self._checkpoints.settle()) is not None:
             self._report(error)
-        if self.failure() is None:
-            self._write()
-            if (error := self._checkpoints.settle()) is not None:
-                raise error
-        return self._checkpoints.latest()
+        if self.failure() is not None:
+            return None
+        self._write()
+        if (error := self._checkpoints.settle()) is not None:
+            raise error
+        return self._record.version
 
     def _write(self) -> None:
         assert self._checkpoints is not None

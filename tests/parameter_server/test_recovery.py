@@ -22,6 +22,7 @@ from parameter_server_runs import (
     kill_server,
     kinds,
     meanwhile,
+    name_of,
     train,
     wait_for_server,
     wait_until,
@@ -191,7 +192,6 @@ parameter_server.train(
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_script_that_ends_leaves_a_checkpoint_and_no_processes(how, tmp_path):
     """The last one where it is interrupted; one to go on from at once where it is killed."""
-    before = {p.pid for p in psutil.process_iter()}
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(pathlib.Path(__file__).parent), str(tmp_path)],
@@ -203,6 +203,8 @@ def test_a_script_that_ends_leaves_a_checkpoint_and_no_processes(how, tmp_path):
     )
     wait_until(lambda: process.poll() is not None or max(versions(tmp_path), default=0) >= 100)
     assert process.poll() is None, process.communicate()
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) > 3
     if how == signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does
         _, errors = process.communicate(timeout=60)
@@ -220,13 +222,4 @@ def test_a_script_that_ends_leaves_a_checkpoint_and_no_processes(how, tmp_path):
         assert_sound(result)
         process.communicate(timeout=60)
 
-    def strays():  # those whose parent is gone
-        ours = {p.pid for p in psutil.Process().children(recursive=True)}
-        return [
-            p
-            for p in psutil.process_iter(["name", "cmdline"])
-            if p.pid not in before | ours
-            and "ray" in " ".join(p.info["cmdline"] or [p.info["name"]])
-        ]
-
-    wait_until(lambda: not strays())
+    wait_until(lambda: not any(p.is_running() and name_of(p) for p in started))
