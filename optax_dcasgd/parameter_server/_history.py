@@ -48,8 +48,8 @@ class Event(NamedTuple):
 
     The kinds are ``"worker lost"``, ``"worker back"`` and ``"worker gone"`` (for good);
     ``"refused"`` (a gradient) and ``"dropped"`` (one that was too stale); ``"server lost"`` and
-    ``"resumed"`` (from a checkpoint); ``"checkpoint failed"``; ``"waiting"`` (for a minute, and for
-    whom).
+    ``"resumed"`` (from a checkpoint); ``"checkpoint failed"``; ``"waiting"`` (for a minute, for
+    whom and why); ``"many workers"`` (for the cluster).
     """
 
     time: float  # Unix time, in seconds
@@ -74,6 +74,7 @@ class Result(NamedTuple):
     history: History
     arrivals: Arrivals | None  # for ``simulation.run``; None for mode="sync"
     events: tuple[Event, ...]  # in this call of `train`; also logged, but for most of the dropped
+    workers: tuple[int, ...]  # those that took part in this call: had a gradient applied
 
     def stragglers(self, ratio: float = 2.0) -> list[Straggler]:
         """The workers whose median time for a gradient is ``ratio`` times the others' or more.

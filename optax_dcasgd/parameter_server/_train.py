@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from optax_dcasgd._gradients import check_batches, check_returned
 from optax_dcasgd.parameter_server import _checkpoint
 from optax_dcasgd.parameter_server._history import Result
 from optax_dcasgd.parameter_server._transport import Layout
+from optax_dcasgd.parameter_server._travel import Parcel
+from optax_dcasgd.parameter_server._worker import get_batch, to_host
 
 _EMBEDDED = {
     "address": "local",
@@ -24,6 +27,7 @@ _EMBEDDED = {
     # gradient is written to pages that are new to its process, which takes longer than to write it.
     "_system_config": {"free_objects_period_milliseconds": 0},
 }
+_ASK_AGAIN = 0.1  # seconds, until the driver knows of a wish
 
 
 def train(
@@ -169,11 +173,10 @@ def train(
     params = _trees.copy(params)
     check_batches(batches, None)
     if not callable(batches):
-        batches = jax.tree.map(np.asarray, batches)
+        batches = jax.tree.map(to_host, batches)
     ray = _import_ray()
-    from optax_dcasgd.parameter_server._worker import get_batch
-
-    returned = jax.eval_shape(grad_fn, params, get_batch(batches, 0), key)
+    first = get_batch(batches, 0)
+    returned = jax.eval_shape(grad_fn, params, first, key)
     check_returned(returned, params)
     of_grads = Layout(returned[1])
     state_like = jax.eval_shape(tx.init, params)
@@ -188,6 +191,11 @@ def train(
         staleness=np.int32(0),
     )
     layouts = Layout(params), of_grads, of_grads.cast(transport_dtype)
+    of_worker = Parcel({"params": params, "batches": first}, (grad_fn, batches, key, *layouts))
+    of_server = Parcel(
+        {"params": params, "the state of tx": state_like},
+        (tx, jax.tree.map(np.asarray, params), layouts),
+    )
 
     signature = [f"mode: {mode}"]  # the rows of a history are of one kind
     signature += _checkpoint.signature(params=params, state=state_like)
@@ -223,11 +231,9 @@ def train(
     elif address is not None:
         raise ValueError("address has no effect: Ray is initialised already. Leave it out.")
     try:
-        worker_args = (grad_fn, batches, key, *layouts)
         of_actors = worker_options or {}, server_options or {}
-        with Driver(worker_args, tx, params, options, *of_actors) as driver:
-            driver.train(progress)
-            return driver.result()
+        with Driver(of_worker, of_server, (params, state_like), options, *of_actors) as driver:
+            return driver.train(progress)
     finally:
         if started:
             ray.shutdown()
@@ -261,11 +267,18 @@ def resize(name: str, num_workers: int) -> None:
     ray = _import_ray()
     from optax_dcasgd.parameter_server._driver import NAMESPACE
 
-    try:
-        server = ray.get_actor(name, namespace=NAMESPACE)
-    except ValueError as error:
-        raise ValueError(f"There is no run of the name {name!r} on this Ray cluster.") from error
-    ray.get(server.resize.remote(num_workers))
+    is_known = False
+    while not is_known:
+        try:
+            server = ray.get_actor(name, namespace=NAMESPACE)
+            is_known = ray.get(server.resize.remote(num_workers))
+        except ValueError as error:
+            raise ValueError(
+                f"There is no run of the name {name!r} on this Ray cluster."
+            ) from error
+        except ray.exceptions.RayActorError:
+            pass  # another server takes its place, or the run has ended
+        time.sleep(_ASK_AGAIN)
 
 
 def _import_ray() -> Any:
