@@ -26,6 +26,7 @@ from parameter_server_runs import (
     wait_until,
 )
 
+from optax_dcasgd import parameter_server
 from optax_dcasgd.parameter_server import _driver
 
 pytestmark = ON_RAY
@@ -69,6 +70,44 @@ def test_a_server_that_dies_before_its_last_checkpoint(tmp_path, monkeypatch):
     assert [event.kind for event in result.events] == ["server lost", "resumed"]
     assert_sound(result)
     assert 250 in versions(tmp_path)
+
+
+def test_a_server_that_dies_after_the_number_of_workers_has_changed(tmp_path):
+    """The new one knows the workers that there are, not those of the beginning."""
+    signs, checkpoints = tmp_path / "signs", tmp_path / "checkpoints"
+    signs.mkdir()
+
+    def disturb():
+        wait_until(lambda: list(signs.iterdir()))
+        for num_workers, signatures in [(3, 3), (1, 3), (3, 5)]:
+            parameter_server.resize("resized", num_workers)
+            wait_until(lambda: len(list(signs.iterdir())) == signatures)  # noqa: B023
+        kill_server(wait_for_server)
+
+    with meanwhile(disturb):
+        options = {"checkpoint_dir": checkpoints, "checkpoint_every": 100, "name": "resized"}
+        result = train(2000, batches=cases.Signed(signs, pause=0.02), **options)
+    assert kinds(result) == {"server lost": 1, "resumed": 1}
+    assert set(result.history.worker[-200:].tolist()) == {0, 1, 2}
+    assert_sound(result)
+
+
+@pytest.mark.parametrize("at", ["start", "update"])
+def test_a_server_that_dies_again_and_again(at, tmp_path):
+    """Before its first checkpoint: it would do so for ever."""
+    tx = cases.deadly_tx(os.getpid(), at)
+    died = r"The server died 3 times without a new checkpoint, .*process \d+: it was killed"
+    with pytest.raises(RuntimeError, match=died):
+        train(tx=tx, checkpoint_dir=tmp_path)
+
+
+def test_a_server_that_cannot_be_started(tmp_path):
+    tx = cases.deadly_tx(os.getpid(), "start", error=MemoryError("too\nlarge"))
+    with pytest.raises(RuntimeError, match=r"^The server could not .*: MemoryError: too large"):
+        train(tx=tx, checkpoint_dir=tmp_path)
+    tx = cases.deadly_tx(os.getpid(), "start")
+    with pytest.raises(RuntimeError, match=r"^The server died when it was started, and witho"):
+        train(tx=tx)
 
 
 def test_without_checkpoints_a_dead_server_is_an_error():
@@ -153,7 +192,8 @@ parameter_server.train(
 """
 
 
-def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(by, tmp_path):
     before = {p.pid for p in psutil.process_iter()}
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(
@@ -166,10 +206,13 @@ def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(tmp_path):
     )
     wait_until(lambda: process.poll() is not None or max(versions(tmp_path), default=0) >= 100)
     assert process.poll() is None, process.communicate()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    if by == signal.SIGINT:
+        os.killpg(process.pid, by)  # as a terminal does
+    else:
+        os.kill(process.pid, by)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "KeyboardInterrupt" in errors
+    assert ("KeyboardInterrupt" in errors) == (by == signal.SIGINT)
     assert "Interrupted; a checkpoint of" in errors
     assert int(errors.split("Interrupted; a checkpoint of ")[1].split()[0]) in versions(tmp_path)
 
