@@ -242,7 +242,7 @@ class Driver:
     def _result(self, params: Any, state: Any, rows: np.ndarray, events: list[Event]) -> Result:
         for event in events:
             self._event(event)
-        if len(self._took_part) < self._wished:
+        if 0 < len(self._took_part) < self._wished:  # 0 if there was nothing left to do
             _log.warning("%d of %d workers took part.", len(self._took_part), self._wished)
         history = _history.to_columns(rows)
         is_async = self._options.mode == "async"

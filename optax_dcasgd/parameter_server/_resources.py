@@ -26,10 +26,14 @@ def why_it_waits(options: Mapping[str, Any]) -> str:
     there, free = ray.cluster_resources(), ray.available_resources()
     there, free = ({name: of.get(name, 0) for name in asked} for of in (there, free))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = any(all(node.get(k, 0) >= asked[k] for k in asked) for node in nodes)
+    note = ""
+    if not any(all(node.get(k, 0) >= asked[k] for k in asked) for node in nodes):
+        note = " (no node has as much as one asks for)"
+    elif all(free[k] >= asked[k] for k in asked):
+        note = " (so that there is room: it takes long, or its process dies; see Ray's logs)"
     return (
         f"each asks for {_text(asked)}; the cluster has {_text(there)}, of which free: "
-        f"{_text(free)}{'' if fits else ' (no node has as much as one asks for)'}"
+        f"{_text(free)}{note}"
     )
 
 

@@ -9,7 +9,7 @@ import jax
 # What belongs to a process, and changes no number: where it writes, what it logs and checks, which
 # other processes it knows.
 _LOCAL = re.compile(
-    "cache|captured|collectives|cross_host|debug|distributed|dump|explain|export|guard|leaks|log|"
+    "cache|captured|collectives|cross_host|debug|distributed|dump|explain|export|guard|log_|logging|"
     "mock|mtls|no_execution|no_tracing|pgle|pprint|preemption|proxy|recoverability|serialization|"
     "share_binary|source|topology|trace|verbose|visible_devices"
 )

@@ -66,7 +66,8 @@ def train(
       grad_fn: ``grad_fn(params, batch, key) -> (loss, grads)``, such as
         ``jax.value_and_grad(loss_fn)``; compiled by each worker. The key of batch i is
         ``jax.random.fold_in(key, i)``.
-      params: The initial parameters, a pytree of arrays.
+      params: The initial parameters, a pytree of arrays. Its nodes may be of any type of an
+        imported module; of the types that a script defines itself, dataclasses can be sent.
       tx: Any Optax optimizer whose ``update`` needs no more than ``stale_params``, ``worker`` and
         ``staleness``.
       batches: A function from an int i to batch i, called by the workers (for batch 0 also to
@@ -104,20 +105,25 @@ def train(
     Returns:
       The last parameters and the optimizer's last state, as JAX arrays; the `History`, with one
       column for each thing recorded; the `simulation.Arrivals` with which `simulation.run` trains
-      to the same parameters; and what went wrong on the way.
+      to the same parameters; what went wrong on the way; and which workers took part.
 
     Raises:
       ImportError: If Ray, or Orbax where it is needed, is not installed.
-      TypeError: If an argument has a wrong type.
+      TypeError: If an argument has a wrong type, or is a tree with nodes that cannot be sent.
       ValueError: If an argument is out of range, a gradient does not fit the parameters, ``name``
         is that of another run, or ``checkpoint_dir`` holds another model, or a run in another mode.
       OSError: If ``checkpoint_dir`` cannot be written.
-      RuntimeError: If more than ``max_bad_pushes`` gradients were refused (a checkpoint has been
-        written), no worker is left, or the server died and there is no checkpoint to go on from.
+      RuntimeError: If more than ``max_bad_pushes`` gradients were refused, no worker is left, the
+        server cannot be started, or it died and there is no checkpoint to go on from (or three
+        times without a new one).
 
     A gradient with the wrong structure, shape or dtype, or one that is not finite, is refused, and
     so is one whose computation raised: training goes on, and the event says whose it was and which
-    leaf. On an interrupt (Ctrl-C) a checkpoint is written and the actors are stopped.
+    leaf. Whatever ends ``train`` early, an interrupt (Ctrl-C, SIGTERM) or an error, a checkpoint is
+    written first and the actors are stopped.
+
+    The actors get JAX's configuration as it is set here, but for what belongs to a process (caches,
+    logs, debugging); what ``runtime_env`` sets in its ``env_vars`` goes before.
 
     Examples:
       (Marked so that doctest does not start Ray; a test marked ``ray`` runs it.)
@@ -242,8 +248,8 @@ def train(
 def resize(name: str, num_workers: int) -> None:
     """Changes the number of workers of a run under way, from another thread, process or machine.
 
-    New workers take part as soon as they have started. Those that leave finish what they are
-    computing first. The highest indices come last and go first.
+    It returns when the run knows of it. New workers take part as soon as they have started. Those
+    that leave finish what they are computing first. The highest indices come last and go first.
 
     Args:
       name: The ``name`` that `train` was called with.

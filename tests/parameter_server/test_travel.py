@@ -118,6 +118,25 @@ def test_a_type_that_is_not_known_where_it_arrives_is_named():
 
 # Settings.
 
+CHANGES_NUMBERS = [
+    "jax_accurate_erf_inv",
+    "jax_allow_f16_reductions",
+    "jax_default_device",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_high_dynamic_range_gumbel",
+    "jax_num_cpu_devices",
+    "jax_numpy_dtype_promotion",
+    "jax_optimization_level",
+    "jax_platform_name",
+    "jax_platforms",
+    "jax_random_seed_offset",
+    "jax_softmax_custom_jvp",
+    "jax_threefry_partitionable",
+    "jax_use_hlo_logistic_lowering",
+]
+
 
 def test_settings_of_the_caller():
     with jax.default_matmul_precision("highest"), jax.default_device(jax.devices("cpu")[0]):
@@ -127,6 +146,7 @@ def test_settings_of_the_caller():
     assert values["jax_cpu_enable_async_dispatch"] is False
     assert "jax_enable_x64" not in values  # the user has set it for the actor
     assert not [name for name in values if "guard" in name or "cache" in name]
+    assert not [name for name in CHANGES_NUMBERS if _settings._LOCAL.search(name)]
     assert pickle.loads(pickle.dumps(values)) == values
     before = dict(jax.config.values)
     _settings.apply({**_settings.of_caller({}), "jax_of_another_release": 1})
