@@ -106,9 +106,7 @@ class Worker:
         except _RefusedError as refused:
             return _refused(f"{refused} (batch {index})")
         except BaseException as error:  # a data loader may raise KeyboardInterrupt, CancelledError
-            if hasattr(
-                error, "ray_terminate_msg"
-            ):  # by Ray, which has been told to end the process
+            if hasattr(error, "ray_terminate_msg"):  # Ray was told to end the process
                 raise
             return _refused(
                 f"grad_fn or batches failed on batch {index}:\n{traceback.format_exc()}"
