@@ -1,9 +1,6 @@
 """`train` and `resize`: what users call."""
 
-import copy
-import os
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,19 +11,12 @@ import optax
 
 from optax_dcasgd import _arguments, _trees
 from optax_dcasgd._gradients import check_batches, check_returned
-from optax_dcasgd.parameter_server import _checkpoint
+from optax_dcasgd.parameter_server import _checkpoint, _cluster
 from optax_dcasgd.parameter_server._history import Result
 from optax_dcasgd.parameter_server._transport import Layout
 from optax_dcasgd.parameter_server._travel import Parcel
 from optax_dcasgd.parameter_server._worker import get_batch, to_host
 
-_EMBEDDED = {
-    "address": "local",
-    "include_dashboard": False,
-    # Ray gives memory of the object store free every second; until then each version and each
-    # gradient is written to pages that are new to its process, which takes longer than to write it.
-    "_system_config": {"free_objects_period_milliseconds": 0},
-}
 _ASK_AGAIN = 0.1  # seconds, until the driver knows of a wish
 
 
@@ -180,9 +170,9 @@ def train(
     check_batches(batches, None)
     if not callable(batches):
         batches = jax.tree.map(to_host, batches)
-    ray = _import_ray()
-    first = get_batch(batches, 0)
-    returned = jax.eval_shape(grad_fn, params, first, key)
+    _cluster.import_ray()
+    batch = get_batch(batches, 0)
+    returned = jax.eval_shape(grad_fn, params, batch, key)
     check_returned(returned, params)
     of_grads = Layout(returned[1])
     state_like = jax.eval_shape(tx.init, params)
@@ -197,7 +187,7 @@ def train(
         staleness=np.int32(0),
     )
     layouts = Layout(params), of_grads, of_grads.cast(transport_dtype)
-    of_worker = Parcel({"params": params, "batches": first}, (grad_fn, batches, key, *layouts))
+    of_worker = Parcel({"params": params, "batches": batch}, (grad_fn, batches, key, *layouts))
     of_server = Parcel(
         {"params": params, "the state of tx": state_like},
         (tx, jax.tree.map(np.asarray, params), layouts),
@@ -225,24 +215,12 @@ def train(
         name=name,
         signature=signature,
     )
-    started = not ray.is_initialized()
-    if started:
-        with warnings.catch_warnings():
-            # Ray starts programs of its own, which never return to the forked process.
-            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-            # Set where a job has been submitted to a cluster.
-            address = address or os.environ.get("RAY_ADDRESS")
-            # Ray adds to the configuration that it is given.
-            ray.init(**({"address": address} if address else copy.deepcopy(_EMBEDDED)))
-    elif address is not None:
-        raise ValueError("address has no effect: Ray is initialised already. Leave it out.")
-    try:
-        of_actors = worker_options or {}, server_options or {}
-        with Driver(of_worker, of_server, (params, state_like), options, *of_actors) as driver:
-            return driver.train(progress)
-    finally:
-        if started:
-            ray.shutdown()
+    of_actors = worker_options or {}, server_options or {}
+    with (
+        _cluster.connected(address),
+        Driver(of_worker, of_server, (params, state_like), options, *of_actors) as driver,
+    ):
+        return driver.train(progress)
 
 
 def resize(name: str, num_workers: int) -> None:
@@ -270,7 +248,7 @@ def resize(name: str, num_workers: int) -> None:
         parameter_server.resize("run", 4)
     """
     _arguments.check_integer("num_workers", num_workers, minimum=1)
-    ray = _import_ray()
+    ray = _cluster.import_ray()
     from optax_dcasgd.parameter_server._driver import NAMESPACE
 
     is_known = False
@@ -285,11 +263,3 @@ def resize(name: str, num_workers: int) -> None:
         except ray.exceptions.RayActorError:
             pass  # another server takes its place, or the run has ended
         time.sleep(_ASK_AGAIN)
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError('parameter_server needs Ray: pip install "optax-dcasgd[ray]".') from error
-    return ray
