@@ -29,6 +29,9 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
         text = " ".join(text.split())[:_LONGEST]
     line = text.partition("\n")[0]
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        detail = re.search("RPC error: (.*?) rpc_code", line)
+        line = f"it died or cannot be reached{f' ({detail[1]})' if detail else ''}"
     if detail := re.search("exit detail: ([^\n]*)|The actor is dead because ([^\n]*)", text):
         line = detail[1] or detail[2]
         if "End of file" in line:

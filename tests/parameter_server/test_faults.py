@@ -43,7 +43,7 @@ def test_workers_that_are_killed(model, tmp_path):
     result = train(1200, batches=cases.Faulty(tmp_path, indices, cases.die), **model)
     lost = [event.message for event in result.events if event.kind == "worker lost"]
     assert len(lost) == len(indices), result.events
-    assert all(re.search(r"^\w+: process \d+: it was killed [^\n]*$", line) for line in lost), lost
+    assert all(re.search(r"^\w+: [^\n]*it (was killed|died) [^\n]*$", line) for line in lost), lost
     assert kinds(result)["worker back"] >= 3
     assert indices <= set(result.history.batch.tolist())
     assert_sound(result, **model)

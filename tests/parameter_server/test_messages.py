@@ -32,6 +32,13 @@ The actor never ran."""
             "OSError: no",
         ),
         (
+            ray.exceptions.ActorUnavailableError(
+                "The actor f7 is unavailable: RpcError: RPC error: Socket closed rpc_code: 14. The",
+                None,
+            ),
+            "ActorUnavailableError: it died or cannot be reached (Socket closed)",
+        ),
+        (
             ray.exceptions.RaySystemError("no", "Traceback (most recent call last):\nOSError: no"),
             "OSError: no",
         ),

@@ -1,5 +1,6 @@
 """Checkpoints, really written: a server dies, a run goes on, a disk is full, Ctrl-C."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -192,9 +193,18 @@ parameter_server.train(
 """
 
 
+def in_session(leader):
+    """The names of the processes that it has started, and they."""
+    found = []
+    for process in psutil.process_iter(["name"]):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if os.getsid(process.pid) == leader:
+                found.append(process.info["name"])
+    return found
+
+
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(by, tmp_path):
-    before = {p.pid for p in psutil.process_iter()}
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(pathlib.Path(__file__).parent), str(tmp_path)],
@@ -206,6 +216,7 @@ def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(by, tmp_path):
     )
     wait_until(lambda: process.poll() is not None or max(versions(tmp_path), default=0) >= 100)
     assert process.poll() is None, process.communicate()
+    assert any("raylet" in name for name in in_session(process.pid))
     if by == signal.SIGINT:
         os.killpg(process.pid, by)  # as a terminal does
     else:
@@ -216,11 +227,4 @@ def test_an_interrupt_leaves_a_checkpoint_and_nothing_else(by, tmp_path):
     assert "Interrupted; a checkpoint of" in errors
     assert int(errors.split("Interrupted; a checkpoint of ")[1].split()[0]) in versions(tmp_path)
 
-    def strays():
-        return [
-            p
-            for p in psutil.process_iter(["name", "cmdline"])
-            if p.pid not in before and "ray" in " ".join(p.info["cmdline"] or [p.info["name"]])
-        ]
-
-    wait_until(lambda: not strays())
+    wait_until(lambda: not in_session(process.pid))
