@@ -16,6 +16,7 @@ DPI = 85  # of the plots: small files, about 900 pixels wide
 LOOKS = {
     "SGD": ("#000000", "-"),
     "SSGD": ("#999999", "-"),
+    "DiLoCo": ("#999999", "--"),
     "ASGD": ("#D55E00", "-"),
     "lr/tau": ("#E69F00", ":"),
     "lr/sqrt-tau": ("#E69F00", "--"),

@@ -2,10 +2,10 @@
 
 M simulated workers train a small model with `optax_dcasgd.local_updates`: each takes H steps of SGD
 from the parameters that it got and sends the difference, to which an outer optimizer is applied.
-Compared are synchronous local SGD (SSGD: a barrier, and the mean of M differences) and asynchronous
-workers whose differences are applied as they come: as they are (ASGD), or after what
-compare_async.py does about stale gradients. All see the same batches, each once, whatever M and H
-are. Run it with
+Compared are synchronous local SGD (SSGD: a barrier, and the mean of M differences), the same with
+Nesterov momentum 0.9 outside (DiLoCo), and asynchronous workers whose differences are applied as
+they come: as they are (ASGD), or after what compare_async.py does about stale gradients. All see
+the same batches, each once, whatever M and H are. Run it with
 
     python examples/local_steps.py --quick
     python examples/local_steps.py --problem mnist
@@ -30,22 +30,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from common import count, make_folder, positive
-from compare_async import METHODS, MODES, CellFile, Trainer
+from compare_async import METHODS as OF_GRADIENTS
+from compare_async import MODES as MODES_OF_GRADIENTS
+from compare_async import CellFile, Method, Trainer
 from compare_async_problems import PROBLEMS
 from local_steps_report import LocalCell, plot, report
 from tqdm import tqdm
 
 from optax_dcasgd import LocalBatches, local_updates, simulation
 
+# Name -> function (outer rate, momentum) -> outer optimizer: compare_async.py's, and DiLoCo's.
+METHODS: dict[str, Method] = {
+    **OF_GRADIENTS,
+    "DiLoCo": lambda rate, _: optax.sgd(rate, 0.9, nesterov=True),
+}
+MODES = {**MODES_OF_GRADIENTS, "DiLoCo": "sync"}
 SPEEDS = ("equal", "1:4", "1:4-balanced")
 SLOWER = 4  # times as long
 
 FULL: dict[str, Any] = {"workers": [4, 8, 16], "steps": [1, 4, 16, 64], "seeds": 5}
-FULL |= {"methods": ["SSGD", "ASGD", "lr/sqrt-tau", "DC-a-clipped", "robust"]}
+FULL |= {"methods": ["SSGD", "DiLoCo", "ASGD", "lr/sqrt-tau", "DC-a-clipped", "robust"]}
 FULL |= {"rates": [0.0625, 0.125, 0.25, 0.5, 1.0, 2.0], "speeds": list(SPEEDS), "batches": 6144}
 FULL |= {"target": 0.3}
 QUICK: dict[str, Any] = {"workers": [4, 16], "steps": [1, 16], "seeds": 3}
-QUICK |= {"methods": ["SSGD", "ASGD", "robust"], "rates": [0.125, 0.5, 1.0, 2.0], "speeds": ["1:4"]}
+QUICK |= {
+    "methods": ["SSGD", "DiLoCo", "ASGD", "robust"],
+    "rates": [0.125, 0.5, 1.0, 2.0],
+    "speeds": ["1:4"],
+}
 QUICK |= {"batches": 1536, "target": 0.5}
 
 Kind = tuple[str, int, int, str]  # speeds, H, M, method

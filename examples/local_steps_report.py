@@ -47,6 +47,7 @@ class LocalCell:
         return self.speeds, self.steps, self.workers, self.method, self.learning_rate
 
 
+SYNCHRONOUS = ("SSGD", "DiLoCo")
 Pairs = dict[int, tuple[np.ndarray, np.ndarray]]  # M -> what synchronous runs end with, and others
 
 
@@ -101,11 +102,11 @@ def times(before: np.ndarray, after: np.ndarray) -> str:
     return f"{after.mean() / before.mean():.2f} times as long"
 
 
-def against_synchronous(cells: list[LocalCell], args: argparse.Namespace) -> list[str]:
+def against(barrier: str, cells: list[LocalCell], args: argparse.Namespace) -> list[str]:
     """What asynchronous workers do better or worse than a barrier, by the rule of `compare`."""
     groups = grouped(cells, lambda cell: cell.method)
-    methods = [m for m in dict.fromkeys(m for m, _ in groups) if m != "SSGD"]
-    workers = [w for m, w in groups if m == "SSGD"]
+    methods = [m for m in dict.fromkeys(m for m, _ in groups) if m not in SYNCHRONOUS]
+    workers = [w for m, w in groups if m == barrier]
     lines = []
     for method in methods:
         shared = [w for w in workers if (method, w) in groups]
@@ -113,7 +114,7 @@ def against_synchronous(cells: list[LocalCell], args: argparse.Namespace) -> lis
         fixed: Pairs = {}
         seconds: Pairs = {}
         for w in shared:
-            pair = groups["SSGD", w], groups[method, w]
+            pair = groups[barrier, w], groups[method, w]
             before, after = (errors_of(choose(group)) for group in pair)
             best[w] = before, after
             if found := at_rate(pair[1], args.fixed_rate):
@@ -174,12 +175,13 @@ def report(cells: list[LocalCell], about: str, args: argparse.Namespace) -> str:
             f"Virtual seconds until the training loss is {args.target:g}, at the outer rate that "
             "needs the fewest. (Where not every seed gets there: how many do.)",
             seconds_table(groups, args.target),
-            "Against SSGD, each at its own best outer rate:",
         ]
         for steps in args.steps:
             of_steps = [cell for cell in of_speeds if cell.steps == steps]
-            if lines := against_synchronous(of_steps, args):
-                parts.append("\n".join([f"H={steps}:", "", *lines]))
+            for barrier in SYNCHRONOUS:
+                if lines := against(barrier, of_steps, args):
+                    head = f"H={steps}, against {barrier}, each at its own best outer rate:"
+                    parts.append("\n".join([head, "", *lines]))
     parts.append(
         "(Helped, hurt: by more than two standard errors of the difference of the means, or, where "
         "seeds failed, by numbers of them that chance explains in at most one case of ten. About "
