@@ -262,4 +262,12 @@ MUTATIONS = [
         "jax.tree.map(observe, params, stale_params, state.nu)",
         "rules/test_compensation.py::test_the_steps_of_the_gap_are_those_taken_and_not_those_from_the_stale_parameters",
     ),
+    Mutation(
+        19,
+        "stale parameters that are the live Variables of an nnx model go unnoticed",
+        "_stale_params.py",
+        'return bool(variables(passed["stale_params"]) & variables(model))',
+        "return False",
+        "test_live_params.py::test_live_variables_are_refused_and_copies_are_not[rule]",
+    ),
 ]
