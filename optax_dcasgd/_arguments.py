@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_dcasgd import _trees
-
 # A number, a traced or injected scalar, or a schedule: a function of the update count.
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 
@@ -64,7 +62,7 @@ def check_scalar(
         hint = (
             " Under optax.inject_hyperparams, which rounds to the dtype of the parameters, pass "
             "hyperparam_dtype=jnp.float32."
-            if isinstance(value, jax.Array) and _trees.is_narrow(value.dtype)
+            if isinstance(value, jax.Array) and value.dtype.itemsize < 4
             else ""
         )
         raise ValueError(

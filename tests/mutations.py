@@ -310,4 +310,12 @@ MUTATIONS = [
         "lambda p, s: s.astype(p.dtype)",
         "test_local_updates.py::test_one_worker_that_adds_its_rounds_trains_as_without_rounds",
     ),
+    Mutation(
+        25,
+        "stale parameters that are the live Variables of an nnx model go unnoticed",
+        "_stale_params.py",
+        'return bool(variables(passed["stale_params"]) & variables(model))',
+        "return False",
+        "test_live_params.py::test_live_variables_are_refused_and_copies_are_not[rule]",
+    ),
 ]

@@ -80,7 +80,10 @@ def test_every_public_name_is_documented_with_an_example():
 # --- Parts: each imports only from those in the rows above it ---
 
 LAYERS = [
-    ["_arguments", "_checks", "_gradients", "_hyperparameters", "_mathematics", "_trees"],
+    [
+        *("_arguments", "_checks", "_gradients", "_hyperparameters", "_mathematics"),
+        *("_stale_params", "_trees"),
+    ],
     ["kernels"],
     ["rules", "sources"],
     ["_dcasgd", "_local_updates", "_mixed_precision", "mxnet"],
@@ -91,7 +94,9 @@ LAYER = {part: i for i, parts in enumerate(LAYERS) for part in parts}
 SAME_LAYER = {  # what else is allowed
     ("_checks", "_trees"),
     ("_gradients", "_checks"),
+    ("_hyperparameters", "_arguments"),
     ("_mathematics", "_hyperparameters"),
+    ("_stale_params", "_checks"),
     ("mxnet", "_dcasgd"),
     ("mxnet", "_mixed_precision"),
 }

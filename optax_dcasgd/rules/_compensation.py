@@ -52,11 +52,14 @@ def add_delay_compensation(
     Returns:
       A transformation with state `RuleState` whose updates have the dtype of their parameter.
       ``update`` needs ``stale_params``, a tree like the parameters, and ignores other extra
-      arguments. A parameter without a gradient (``None``) gets no update.
+      arguments. Of a Flax nnx model it is a copy, ``jax.tree.map(jnp.copy, nnx.state(model,
+      nnx.Param))``: ``nnx.state`` alone follows the model, and is refused (``docs/libraries.md``).
+      A parameter without a gradient (``None``) gets no update.
 
     Raises:
       ValueError: If an argument is out of range; in ``update``, if ``params`` or ``stale_params``
-        is missing, or a tree does not fit ``params`` (the message names the leaf).
+        is missing, a tree does not fit ``params`` (the message names the leaf), or both hold the
+        same nnx Variables.
       TypeError: If an argument has no legal type, or a parameter is an integer array.
 
     Examples:
