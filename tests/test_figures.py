@@ -6,7 +6,9 @@ import os
 import pathlib
 import re
 
+import numpy as np
 import pytest
+from example_cases import load
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -128,3 +130,22 @@ def test_the_figures_of_robust():
             cells.append(f"{best:.0f}{ratio}")
         row = f"| {name} | {' | '.join(cells)} |"
         assert row in text.replace(" *", ""), row
+
+
+@pytest.mark.parametrize(
+    ("script", "where", "heading"),
+    [("overlapped_data_parallel", "docs/spmd.md", "### What it costs in accuracy")],
+)
+def test_a_table_of_cells_is_what_the_example_prints(script, where, heading):
+    module, methods, report = map(load, (script, "stale_methods", "stale_report"))
+    file = RESULTS / script / "cells.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    cells = methods.Grid(file, entries[0]["settings"]).finished([e["name"] for e in entries])
+    updates = module.EVALUATE_EVERY * np.arange(1, 1 + cells[0]["loss"].shape[1])
+    printed = [
+        report.tables(name, of, updates, module.MEASURE) for name, of, _ in report.groups(cells)
+    ]
+    section = page(where).partition(heading)[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(rows) > 3
+    assert {*rows} <= {*"\n".join(printed).splitlines()}
