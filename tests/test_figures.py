@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 import pytest
+from example_cases import load
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -195,3 +196,22 @@ def test_what_the_pages_outside_the_manual_link_to_is_there(name):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", page(path), re.MULTILINE)
             assert anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor
+
+
+@pytest.mark.parametrize(
+    ("script", "where", "heading"),
+    [("overlapped_data_parallel", "docs/spmd.md", "### What it costs in accuracy")],
+)
+def test_a_table_of_cells_is_what_the_example_prints(script, where, heading):
+    module, methods, report = map(load, (script, "stale_methods", "stale_report"))
+    file = RESULTS / script / "cells.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    cells = methods.Grid(file, entries[0]["settings"]).finished([e["name"] for e in entries])
+    updates = module.EVALUATE_EVERY * np.arange(1, 1 + cells[0]["loss"].shape[1])
+    printed = [
+        report.tables(name, of, updates, module.MEASURE) for name, of, _ in report.groups(cells)
+    ]
+    section = page(where).partition(heading)[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(rows) > 3
+    assert {*rows} <= {*"\n".join(printed).splitlines()}
