@@ -67,11 +67,18 @@ def test_a_tree_stores_only_what_each_leaf_needs():
         assert not jax.tree.leaves(tree["last"]["b"])
 
 
-def test_a_tree_around_a_tree_adds_leaf_by_leaf():
+@pytest.mark.parametrize(
+    ("outer", "middle", "total"),
+    [
+        ({"first": 1, "last": 2}, {"first": 2, "last": {"w": 0, "b": 1}}, (3, 2, 3)),
+        ({"first": 1, "last": 2}, 1, (2, 3, 3)),
+    ],
+)
+def test_delays_inside_a_tree_of_them_are_added_leaf_by_leaf(outer, middle, total):
     inner = optax.chain(scale_by_staleness(0.5), optax.sgd(0.3))
-    outer, middle = {"first": 1, "last": 2}, {"first": 2, "last": {"w": 0, "b": 1}}
     nested = delay_gradients(delay_gradients(inner, middle), outer)
-    summed = delay_gradients(inner, {"first": 3, "last": {"w": 2, "b": 3}})
+    first, w, b = total
+    summed = delay_gradients(inner, {"first": first, "last": {"w": w, "b": b}})
     chex.assert_trees_all_close(train(nested, 7)[0], train(summed, 7)[0], rtol=1e-6)
 
 
