@@ -9,11 +9,16 @@ from typing import Any, NamedTuple
 
 import ray
 
+from optax_dcasgd.parameter_server import _reasons
 from optax_dcasgd.parameter_server._worker import Computed, Refused
 
 _ASK_AGAIN = 0.05  # seconds, while there is no call to wait for
-# A worker whose start ends with one of these is not started again.
-_NEVER_AGAIN = (ray.exceptions.ActorDiedError, ray.exceptions.RuntimeEnvSetupError)
+# An actor whose start ends with one of these is not started by Ray.
+NEVER_AGAIN = (
+    ray.exceptions.ActorDiedError,
+    ray.exceptions.ActorUnschedulableError,
+    ray.exceptions.RuntimeEnvSetupError,
+)
 
 
 class Ready(NamedTuple):
@@ -75,13 +80,17 @@ class Calls:
         self._starting.discard(ref)
         try:
             answer: Computed | Refused = ray.get(ref)
-        except ray.exceptions.RayTaskError:
-            raise  # a worker catches what grad_fn and batches raise, so this is a fault of its own
+        except ray.exceptions.RayTaskError as error:  # the worker is there, and has not done it
+            reason = _reasons.one_line(error)
+            if not is_start:
+                return index, Refused(reason)
+            self.stop(index)
+            return index, Gone(reason)
         except ray.exceptions.RayError as error:
-            reason = str(error).strip()
-            if is_start and isinstance(error, _NEVER_AGAIN):
+            reason = _reasons.one_line(error)
+            if is_start and isinstance(error, NEVER_AGAIN):
                 self.stop(index)
                 return index, Gone(reason)
             self.start(index, self._actors[index])
-            return index, Lost(f"{type(error).__name__}: {reason.splitlines()[0]}")
+            return index, Lost(reason)
         return index, Ready() if is_start else answer

@@ -2,27 +2,31 @@
 
 import collections
 import contextlib
+import dataclasses
 import logging
 import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
-import optax
 import ray
 
-from optax_dcasgd.parameter_server import _checkpoint, _history
+from optax_dcasgd.parameter_server import _checkpoint, _history, _resources, _settings
+from optax_dcasgd.parameter_server._actors import Server, Worker
+from optax_dcasgd.parameter_server._calls import NEVER_AGAIN
 from optax_dcasgd.parameter_server._history import Event, Result
-from optax_dcasgd.parameter_server._server import Options, Server
+from optax_dcasgd.parameter_server._options import Options
+from optax_dcasgd.parameter_server._reasons import one_line
+from optax_dcasgd.parameter_server._server import Status
 from optax_dcasgd.parameter_server._transport import from_raw
-from optax_dcasgd.parameter_server._worker import Worker
+from optax_dcasgd.parameter_server._travel import Parcel
 
 NAMESPACE = "optax_dcasgd"  # of the server's name, in Ray
 _REPORT_EVERY = 0.5  # seconds
 _KILL_TIMEOUT = 2.0  # seconds
-_MAX_DEATHS = 3  # of the server, without training between them
+_MAX_DEATHS = 3  # of the server, without a new checkpoint between them
+_PATIENCE = 60.0  # seconds that an actor may take to start before it is mentioned
 _LARGE = {
     # On Linux glibc asks for large pages. Each gradient is written to new memory, and to get it in
     # pages of 4 KiB can take longer than to write it.
@@ -31,56 +35,40 @@ _LARGE = {
 _log = logging.getLogger("optax_dcasgd.parameter_server")
 
 
-def _environment() -> dict[str, str]:
-    """Settings of JAX: an actor has to compute with the same numbers as the caller."""
-    same = ("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
-    return {
-        # An actor waits for each result at once, so a thread for dispatch only costs time.
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
-        **{name.upper(): str(getattr(jax.config, name)).lower() for name in same},
-    }
-
-
 class Driver:
-    """Owns the actors of one run."""
+    """Owns the actors of one run, and all that a new server has to know of them."""
 
     def __init__(
         self,
-        worker_args: tuple[Any, ...],
-        tx: optax.GradientTransformation,
-        params: Any,
+        of_worker: Parcel,  # grad_fn, batches, key, and the three layouts
+        of_server: Parcel,  # the optimizer, the parameters, and the layouts
+        like: tuple[Any, Any],  # parameters and optimizer state, or their shapes
         options: Options,
         worker_options: Mapping[str, Any],
         server_options: Mapping[str, Any],
     ):
-        self._options, self._params = options, params
+        self._options, self._like = options, like
+        self._worker_options, self._server_options = worker_options, server_options
         self._events: list[Event] = []
         self._num_dropped: collections.Counter[int | None] = collections.Counter()  # by worker
         self._workers: dict[int, Any] = {}
-        self._version = 0
+        self._waiting: dict[int, float] = {}  # since when, for each worker not mentioned yet
+        self._took_part: set[int] = set()
         self._wished = options.num_workers
-        self._state_like = jax.eval_shape(tx.init, params)
-        usual = {"max_restarts": -1, "enable_task_events": False}
-        environment = {**_environment(), **({} if worker_args[3].is_small else _LARGE)}
-        worker_options, server_options = (
-            {**usual, **of_actor, "runtime_env": _add_to_runtime_env(of_actor, environment)}
-            for of_actor in (worker_options, server_options)
-        )
-        spread = {"scheduling_strategy": "SPREAD"}
-        self._worker_class = ray.remote(Worker).options(**{**spread, **worker_options})
-        # Put once, however many workers there are; and kept, since a restart needs them again.
-        self._worker_args = [ray.put(arg) for arg in worker_args]
-        # Without checkpoints there is nothing to restart from.
+        self._version = 0
+        self._bar: Any = None
+        self._is_up = False  # the server
+        self._deaths, self._saved = 0, -1  # of the server, without a newer checkpoint than that
+        environment = {} if of_worker.contents[3].is_small else _LARGE
+        spread = {"scheduling_strategy": "SPREAD", "max_restarts": -1}
+        self._new_worker = _maker(Worker, of_worker, {**spread, **worker_options}, environment)
         named = {} if options.name is None else {"name": options.name, "namespace": NAMESPACE}
-        restarts = {"max_restarts": 0 if options.checkpoint_dir is None else -1}
-        host_params = jax.tree.map(np.asarray, params)
-        server_class = ray.remote(Server).options(**{**server_options, **restarts, **named})
-        self._server_args = [ray.put(tx), ray.put(host_params)]
+        # The driver restarts it: it alone knows which workers there are, and what has happened.
+        by_driver = {"max_restarts": 0, **named}
+        self._new_server = _maker(Server, of_server, {**server_options, **by_driver}, environment)
         try:
             self._make_workers(options.num_workers)
-            self._server: Any = server_class.remote(
-                *self._server_args, worker_args[3:], options, self._workers
-            )
+            self._start_server()
         except BaseException as error:
             for worker in self._workers.values():
                 ray.kill(worker)
@@ -88,100 +76,159 @@ class Driver:
                 raise ValueError(f"name={options.name!r} is that of a run under way.") from error
             raise
 
-    def _ask(self, method: str, *args: Any) -> Any:
-        """Calls the server; again, if it has to be restarted before it answers."""
-        retries = 0 if self._options.checkpoint_dir is None else -1
-        call = getattr(self._server, method).options(max_task_retries=retries)
-        return ray.get(call.remote(*args))
-
     def __enter__(self) -> "Driver":
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        ray.kill(self._server)
-        # Until it is gone: it would report the workers' ends as faults.
-        with contextlib.suppress(ray.exceptions.RayError):
-            while True:
-                ray.get(self._server.ready.remote(), timeout=_KILL_TIMEOUT)
+        self._kill_server()
         for worker in self._workers.values():
             ray.kill(worker)
 
-    def _make_workers(self, num_workers: int) -> None:
-        for index in range(num_workers):
-            if index not in self._workers:
-                self._workers[index] = self._worker_class.remote(*self._worker_args)
+    # The server.
 
-    def train(self, progress: bool) -> None:
-        """Lets the server train until all updates are done."""
-        self._version = self._ask("ready")
-        bar = _bar(self._options.num_updates, self._version) if progress else None
-        try:
+    def _start_server(self) -> None:
+        options = dataclasses.replace(self._options, num_workers=self._wished)
+        self._server = self._new_server(options, self._workers)
+        self._waiting.update(dict.fromkeys(self._waiting, time.monotonic()))
+
+    def _kill_server(self) -> None:
+        """Until it is gone: it would report the workers' ends as faults."""
+        self._is_up = False
+        ray.kill(self._server)
+        with contextlib.suppress(ray.exceptions.RayError):
             while True:
-                status = self._advance()
-                self._version = status.version
-                if bar is not None:
-                    bar.update(status.version - bar.n)
-                    if not math.isnan(status.loss):
-                        bar.set_postfix(
-                            loss=f"{status.loss:.4g}", staleness=f"{status.staleness:.1f}"
-                        )
-                if status.failure is not None:
-                    self._save()
-                    raise RuntimeError(status.failure)
-                if status.version >= self._options.num_updates:
-                    saved = self._save()
-                    if saved is None or saved >= self._options.num_updates:
-                        return
-                    # It died before it had saved them: the rest again, from its last checkpoint.
-                    message = f"after {status.version} updates, before it had saved them"
-                    self._event(Event(time.time(), "server lost", None, message))
-                    self._version = saved
-                    self._attach()
-        except KeyboardInterrupt:
-            version = self._save()
-            if version is not None:
-                _log.warning("Interrupted; a checkpoint of %d updates was written.", version)
-            raise
-        finally:
-            if bar is not None:
-                bar.close()
+                ray.get(self._server.ready.remote(), timeout=_KILL_TIMEOUT)
 
-    def _advance(self) -> Any:
-        """Lets the server train for a while, and brings it back if it dies."""
-        deaths = 0
-        while True:
-            try:
-                if deaths:
-                    self._version = self._ask("ready")
-                    self._attach()
-                status = ray.get(self._server.advance.remote(_REPORT_EVERY))
-                break
-            except ray.exceptions.RayActorError as error:
-                if self._options.checkpoint_dir is None:
-                    raise RuntimeError(
-                        f"The server died after about {self._version} updates, and without "
-                        "checkpoint_dir there is nothing to go on from."
-                    ) from error
-                deaths += 1
-                if deaths == _MAX_DEATHS:
-                    raise RuntimeError(
-                        f"The server died {deaths} times in a row, after {self._version} updates."
-                    ) from error
-                reason = str(error).strip().splitlines()[0]
-                message = f"after at least {self._version} updates: {reason}"
-                self._event(Event(time.time(), "server lost", None, message))
-        self._wished = status.num_workers
+    def _wait_for_server(self) -> None:
+        ready = self._server.ready.remote()
+        while not ray.wait([ready], timeout=_PATIENCE)[0]:
+            why = _resources.why_it_waits(self._server_options)
+            self._note("waiting", f"the server has not started for {_PATIENCE:.0f} s: {why}")
+        self._version = ray.get(ready)
+        self._is_up = True
+        if self._version > self._saved:
+            self._deaths, self._saved = 0, self._version
+
+    def _restart(self, error: ray.exceptions.RayError) -> None:
+        """Starts a new server in the place of one that has died, or cannot be reached."""
+        reason, was_up = one_line(error), self._is_up
+        self._kill_server()
+        if not isinstance(error, ray.exceptions.RayActorError) or error.actor_init_failed:
+            raise RuntimeError(f"The server could not be started: {reason}") from None
+        if self._options.checkpoint_dir is None:
+            when = f"after about {self._version} updates" if was_up else "when it was started"
+            raise RuntimeError(
+                f"The server died {when}, and without checkpoint_dir there is nothing to go on "
+                f"from: {reason}"
+            ) from None
+        self._deaths += 1
+        if self._deaths == _MAX_DEATHS:
+            raise RuntimeError(
+                f"The server died {self._deaths} times without a new checkpoint, the last time "
+                f"after about {self._version} updates: {reason}"
+            ) from None
+        self._note("server lost", f"after at least {self._version} updates: {reason}")
+        self._start_server()
+
+    # The workers.
+
+    def _make_workers(self, num_workers: int) -> None:
+        new = [index for index in range(num_workers) if index not in self._workers]
+        if new and (message := _resources.too_many(num_workers, self._worker_options)):
+            self._note("many workers", message)
+        for index in new:
+            self._workers[index] = self._new_worker()
+            self._waiting[index] = time.monotonic()
+
+    def _heed(self, status: Status) -> None:
+        """Does what the server cannot do, and says what it has to say."""
+        self._version = status.version
+        self._took_part.update(status.took_part)
         for event in status.events:
             self._event(event)
         for index in status.retired:
             ray.kill(self._workers.pop(index))
-        if status.num_workers > len(self._workers):
-            self._make_workers(status.num_workers)
-            self._attach()
-        return status
+            self._waiting.pop(index, None)
+        is_new_wish = status.num_workers != self._wished
+        self._wished = status.num_workers
+        if is_new_wish or self._wished > len(self._workers):
+            self._make_workers(self._wished)
+            ray.get(self._server.attach.remote(self._workers, self._wished))
+        self._mention(status.starting)
+        if self._bar is not None:
+            self._bar.update(status.version - self._bar.n)
+            if not math.isnan(status.loss):
+                of = {"loss": f"{status.loss:.4g}", "staleness": f"{status.staleness:.1f}"}
+                self._bar.set_postfix(of)
 
-    def _attach(self) -> None:
-        self._ask("attach", self._workers, self._wished)
+    def _mention(self, starting: list[int]) -> None:
+        """Says once of each worker that it takes long to start."""
+        now = time.monotonic()
+        late = [i for i in starting if now - self._waiting.get(i, now) > _PATIENCE]
+        if late:
+            for index in late:
+                del self._waiting[index]
+            why = _resources.why_it_waits(self._worker_options)
+            self._note("waiting", f"workers {late} have not started for {_PATIENCE:.0f} s: {why}")
+
+    # Training.
+
+    def train(self, progress: bool) -> Result:
+        """Trains until all updates are done. Whatever ends it, the updates so far are saved."""
+        try:
+            while True:
+                try:
+                    return self._result(*self._train(progress))
+                except (ray.exceptions.RayActorError, *NEVER_AGAIN) as error:
+                    self._restart(error)
+        except BaseException as error:
+            if self._is_up and self._options.checkpoint_dir is not None:
+                self._save_before(error)
+            raise
+        finally:
+            if self._bar is not None:
+                self._bar.close()
+
+    def _train(self, progress: bool) -> tuple[Any, ...]:
+        """Lets the server train until all updates are done; ends with it if it dies."""
+        self._wait_for_server()
+        if progress and self._bar is None:
+            self._bar = _bar(self._options.num_updates, self._version)
+        while True:
+            status = ray.get(self._server.advance.remote(_REPORT_EVERY))
+            self._heed(status)
+            if status.failure is not None:
+                raise RuntimeError(status.failure)
+            if status.version >= self._options.num_updates:
+                self._save()
+                result: tuple[Any, ...] = ray.get(self._server.result.remote())
+                return result
+
+    def _save_before(self, error: BaseException) -> None:
+        """Saves the updates so far, before the error ends the run."""
+        try:
+            version = self._save()
+        except ray.exceptions.RayActorError as death:
+            version = None
+            self._note("checkpoint failed", one_line(death))
+        if version is not None:
+            by = "Stopped by an error" if isinstance(error, Exception) else "Interrupted"
+            _log.warning("%s; a checkpoint of %d updates was written.", by, version)
+
+    def _save(self) -> int | None:
+        """Has a checkpoint written, and returns its version; a failure is an event."""
+        try:
+            version: int | None = ray.get(self._server.save.remote())
+        except ray.exceptions.RayActorError:
+            raise
+        except Exception as error:
+            # TensorStore's are long, and Ray's own are the whole traceback.
+            self._note("checkpoint failed", _checkpoint.reason(getattr(error, "cause", error)))
+            return None
+        return version
+
+    def _note(self, kind: str, message: str) -> None:
+        self._event(Event(time.time(), kind, None, message))
 
     def _event(self, event: Event) -> None:
         self._events.append(event)
@@ -194,35 +241,21 @@ class Driver:
             who += f", {num} by now"
         _log.warning("%s%s: %s", event.kind, who, event.message)
 
-    def _save(self) -> int | None:
-        try:
-            version: int | None = self._ask("save")
-        except Exception as error:
-            # Ray's own message is the whole traceback.
-            message = _checkpoint.reason(getattr(error, "cause", error))
-            self._event(Event(time.time(), "checkpoint failed", None, message))
-            return None
-        return version
-
-    def result(self) -> Result:
-        """Makes what `train` returns."""
-        params, state, rows, events = self._ask("result")
+    def _result(self, params: Any, state: Any, rows: np.ndarray, events: list[Event]) -> Result:
         for event in events:
             self._event(event)
-        if len(rows) < self._options.num_updates:
-            raise RuntimeError(
-                f"The server died after its last update, and its last checkpoint is of {len(rows)} "
-                "updates: call train again to go on from there."
-            )
+        if 0 < len(self._took_part) < self._wished:  # 0 if there was nothing left to do
+            _log.warning("%d of %d workers took part.", len(self._took_part), self._wished)
         history = _history.to_columns(rows)
         is_async = self._options.mode == "async"
         arrivals = _history.to_arrivals(history, self._options.num_workers) if is_async else None
         result = Result(
-            from_raw(self._params, params),
-            from_raw(self._state_like, state),
+            from_raw(self._like[0], params),
+            from_raw(self._like[1], state),
             history,
             arrivals,
             tuple(self._events),
+            tuple(sorted(self._took_part)),
         )
         for straggler in result.stragglers():
             _log.warning(
@@ -232,10 +265,17 @@ class Driver:
         return result
 
 
-def _add_to_runtime_env(options: Mapping[str, Any], environment: dict[str, str]) -> Any:
-    """The user's runtime environment, with variables that it does not set."""
-    given = options.get("runtime_env") or {}
-    return {**given, "env_vars": {**environment, **given.get("env_vars", {})}}
+def _maker(cls: Any, parcel: Parcel, options: Mapping[str, Any], environment: Any) -> Any:
+    """A function that makes an actor of a class, given the other arguments of its constructor."""
+    runtime_env = options.get("runtime_env") or {}
+    variables = runtime_env.get("env_vars", {})  # of the user, which go before
+    runtime_env = {**runtime_env, "env_vars": {**environment, **variables}}
+    actor = ray.remote(cls).options(
+        **{"enable_task_events": False, **options, "runtime_env": runtime_env}
+    )
+    # Put once, however many actors there are; and kept, since a restart needs it again.
+    arguments = _settings.of_caller(variables), [ray.put(parcel)]
+    return lambda *rest: actor.remote(*arguments, *rest)
 
 
 def _bar(total: int, done: int) -> Any:

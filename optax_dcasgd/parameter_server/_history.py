@@ -50,7 +50,7 @@ class Event(NamedTuple):
     ``"refused"`` (a gradient) and ``"dropped"`` (one that was too stale); ``"server lost"`` and
     ``"resumed"`` (from a checkpoint) and ``"changed"`` (arguments that it was not written with);
     ``"checkpoint failed"`` (to be written) and ``"checkpoint damaged"`` (it cannot be read);
-    ``"waiting"`` (for a minute, and for whom).
+    ``"waiting"`` (for a minute, for whom and why); ``"many workers"`` (for the cluster).
     """
 
     time: float  # Unix time, in seconds
@@ -75,6 +75,7 @@ class Result(NamedTuple):
     history: History
     arrivals: Arrivals | None  # for ``simulation.run``; None for mode="sync"
     events: tuple[Event, ...]  # in this call of `train`; also logged, but for most of the dropped
+    workers: tuple[int, ...]  # those that took part in this call: had a gradient applied
 
     def stragglers(self, ratio: float = 2.0) -> list[Straggler]:
         """The workers whose median time for a gradient is ``ratio`` times the others' or more.

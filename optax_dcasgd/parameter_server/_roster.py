@@ -49,9 +49,9 @@ class Roster:
         self._idle.remove(index)
         return len(self._present) == 1
 
-    def has_starting(self) -> bool:
-        """Whether a worker is new and not there yet."""
-        return bool(self.members - self._present - self._lost)
+    def starting(self) -> list[int]:
+        """The workers that are new and not there yet."""
+        return sorted(self.members - self._present - self._lost)
 
     def missing(self) -> list[int]:
         """The workers that are not there."""

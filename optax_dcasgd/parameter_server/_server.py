@@ -9,7 +9,6 @@ Only one thread ever works here. The driver calls `advance` again and again. Bet
 can have a checkpoint written, workers attached or retired, and the run stopped.
 """
 
-import dataclasses
 import time
 from typing import Any, NamedTuple
 
@@ -18,33 +17,14 @@ import optax
 
 from optax_dcasgd.parameter_server._book import Book, Pull, Push
 from optax_dcasgd.parameter_server._calls import Calls, Gone, Lost, News, Ready
-from optax_dcasgd.parameter_server._fingerprint import Fingerprint
 from optax_dcasgd.parameter_server._history import Event
+from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._record import Record
 from optax_dcasgd.parameter_server._roster import Roster
-from optax_dcasgd.parameter_server._saving import Run, Saving
+from optax_dcasgd.parameter_server._saving import Saving
 from optax_dcasgd.parameter_server._transport import Layout
 from optax_dcasgd.parameter_server._update import Gradient, Update, Version
 from optax_dcasgd.parameter_server._worker import Computed, Refused
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the server has to know of a run; the arguments of `train`."""
-
-    mode: str
-    num_workers: int
-    num_updates: int
-    max_staleness: int | None
-    on_stale: str
-    checkpoint_dir: str | None
-    checkpoint_every: int
-    compensation_every: int | None
-    max_bad_pushes: int
-    name: str | None
-    signature: list[str]
-    fingerprint: Fingerprint = dataclasses.field(default_factory=dict)
-    lock: str | None = None  # the token of `_lock.held`
 
 
 class Status(NamedTuple):
@@ -56,6 +36,8 @@ class Status(NamedTuple):
     events: list[Event]  # since the last status
     num_workers: int  # as last wished
     retired: list[int]  # workers that have left
+    starting: list[int]  # workers that have not been there yet
+    took_part: set[int]  # workers whose gradients were applied
     failure: str | None  # why training cannot go on
 
 
@@ -77,17 +59,11 @@ class Server:
         self._update = Update(tx, params, layouts)
         self._book = Book(options.max_staleness if options.on_stale == "wait" else None)
         self._record = Record(options.num_updates, options.name)
-        run = Run(
-            options.checkpoint_dir,
-            options.lock,
-            options.checkpoint_every,
-            options.signature,
-            options.fingerprint,
-        )
-        self._saving = Saving(run, (self._update, self._record, self._book))
+        self._saving = Saving(options, (self._update, self._record, self._book))
         self._saving.restore()
         self._published: Version | None = None
         self._to_apply: list[Gradient] = []  # recorded already
+        self._took_part: set[int] = set()
         self._failure: str | None = None
         self._num_not_finite = 0  # gradients since the last update
         self._calls = Calls()
@@ -103,14 +79,20 @@ class Server:
 
     def attach(self, workers: dict[int, Any], num_workers: int) -> None:
         """Takes these workers on; those with an index of num_workers or more will leave."""
-        self._roster.num_workers = num_workers
+        self._roster.num_workers = self._agreed = num_workers
         for index in sorted(workers.keys() - self._roster.members):
             self._roster.members.add(index)
             self._calls.start(index, workers[index])
 
-    def resize(self, num_workers: int) -> None:
-        """Wishes for so many workers; the driver makes new ones."""
-        self._roster.num_workers = num_workers
+    def resize(self, num_workers: int) -> bool:
+        """Wishes for so many workers; returns whether the driver, which makes them, knows it.
+
+        To be repeated until it does: another server that takes the place of this one is told the
+        driver's number.
+        """
+        if self._agreed != num_workers:
+            self._roster.num_workers = num_workers
+        return self._agreed == num_workers
 
     def advance(self, seconds: float) -> Status:
         """Trains for so long, or until all updates are done."""
@@ -134,11 +116,15 @@ class Server:
             *self._record.report(),
             self._roster.num_workers,
             retired,
+            self._roster.starting(),
+            self._took_part,
             self._failure,
         )
 
     def save(self) -> int | None:
         """Writes a checkpoint and waits for it; returns its version, None if there is none."""
+        if self._to_apply:
+            raise RuntimeError("an update has failed half way, and is not saved")
         return self._saving.save()
 
     def result(self) -> tuple[Any, Any, Any, list[Event]]:
@@ -153,9 +139,7 @@ class Server:
 
     def _send_out(self) -> None:
         """Gives every idle worker that may pull a batch and the newest parameters."""
-        if self._options.mode == "sync" and (
-            not self._book.is_empty() or self._roster.has_starting()
-        ):
+        if self._options.mode == "sync" and (not self._book.is_empty() or self._roster.starting()):
             return  # until the round is over, and those that are new are there
         for index in self._roster.idle():
             if not self._book.may_pull(self._record.version):
@@ -245,6 +229,7 @@ class Server:
             message = f"staleness {staleness} > max_staleness={limit} (batch {pull.batch})"
             self._record.event("dropped", pull.worker, message)
             return
+        self._took_part.add(pull.worker)
         gradient = Gradient(push.packed, pull.version, pull.worker, staleness)
         every, compensation = self._options.compensation_every, np.nan
         if every is not None and version % every == 0:
@@ -262,6 +247,7 @@ class Server:
         """One update with the mean of all workers' gradients."""
         for push in pushes:
             self._roster.release(push.pull.worker)
+            self._took_part.add(push.pull.worker)
         self._update.apply_mean([Gradient(push.packed, push.pull.version, 0, 0) for push in pushes])
         mean = Push(
             pushes[0].pull._replace(worker=0),

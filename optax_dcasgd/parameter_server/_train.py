@@ -1,8 +1,6 @@
 """`train` and `resize`: what users call."""
 
-import copy
-import os
-import warnings
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,18 +11,15 @@ import optax
 
 from optax_dcasgd import _arguments, _trees
 from optax_dcasgd._gradients import check_batches, check_returned
-from optax_dcasgd.parameter_server import _checkpoint
+from optax_dcasgd.parameter_server import _checkpoint, _cluster
 from optax_dcasgd.parameter_server._fingerprint import fingerprint
 from optax_dcasgd.parameter_server._history import Result
+from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._transport import Layout
+from optax_dcasgd.parameter_server._travel import Parcel
+from optax_dcasgd.parameter_server._worker import get_batch, to_host
 
-_EMBEDDED = {
-    "address": "local",
-    "include_dashboard": False,
-    # Ray gives memory of the object store free every second; until then each version and each
-    # gradient is written to pages that are new to its process, which takes longer than to write it.
-    "_system_config": {"free_objects_period_milliseconds": 0},
-}
+_ASK_AGAIN = 0.1  # seconds, until the driver knows of a wish
 
 
 def train(
@@ -63,7 +58,8 @@ def train(
       grad_fn: ``grad_fn(params, batch, key) -> (loss, grads)``, such as
         ``jax.value_and_grad(loss_fn)``; compiled by each worker. The key of batch i is
         ``jax.random.fold_in(key, i)``.
-      params: The initial parameters, a pytree of arrays.
+      params: The initial parameters, a pytree of arrays. Its nodes may be of any type of an
+        imported module; of the types that a script defines itself, dataclasses can be sent.
       tx: Any Optax optimizer whose ``update`` needs no more than ``stale_params``, ``worker`` and
         ``staleness``.
       batches: A function from an int i to batch i, called by the workers (for batch 0 also to
@@ -104,22 +100,27 @@ def train(
     Returns:
       The last parameters and the optimizer's last state, as JAX arrays; the `History`, with one
       column for each thing recorded; the `simulation.Arrivals` with which `simulation.run` trains
-      to the same parameters; and what went wrong on the way.
+      to the same parameters; what went wrong on the way; and which workers took part.
 
     Raises:
       ImportError: If Ray, or Orbax where it is needed, is not installed.
-      TypeError: If an argument has a wrong type.
+      TypeError: If an argument has a wrong type, or is a tree with nodes that cannot be sent.
       ValueError: If an argument is out of range, a gradient does not fit the parameters, ``name``
         is that of another run, or ``checkpoint_dir`` is in use by another run, holds another model
         or a run in another mode, or checkpoints none of which can be read.
       OSError: If ``checkpoint_dir`` cannot be written.
-      RuntimeError: If more than ``max_bad_pushes`` gradients were refused (a checkpoint has been
-        written), no worker is left, or the server died and there is no checkpoint to go on from.
-        If parameters or optimizer state are no longer finite (no checkpoint is written of them).
+      RuntimeError: If more than ``max_bad_pushes`` gradients were refused, no worker is left, the
+        server cannot be started, or it died and there is no checkpoint to go on from (or three
+        times without a new one). If parameters or optimizer state are no longer finite (no
+        checkpoint is written of them).
 
     A gradient with the wrong structure, shape or dtype, or one that is not finite as it is sent, is
     refused, and so is one whose computation raised: training goes on, and the event says whose it
-    was and which leaf. On an interrupt (Ctrl-C) a checkpoint is written and the actors are stopped.
+    was and which leaf. Whatever ends ``train`` early, an interrupt (Ctrl-C, SIGTERM) or an error, a
+    checkpoint is written first and the actors are stopped.
+
+    The actors get JAX's configuration as it is set here, but for what belongs to a process (caches,
+    logs, debugging); what ``runtime_env`` sets in its ``env_vars`` goes before.
 
     Examples:
       (Marked so that doctest does not start Ray; a test marked ``ray`` runs it.)
@@ -175,10 +176,8 @@ def train(
     params = _trees.copy(params)
     check_batches(batches, None)
     if not callable(batches):
-        batches = jax.tree.map(np.asarray, batches)
-    ray = _import_ray()
-    from optax_dcasgd.parameter_server._worker import get_batch
-
+        batches = jax.tree.map(to_host, batches)
+    _cluster.import_ray()
     batch = get_batch(batches, 0)
     returned = jax.eval_shape(grad_fn, params, batch, key)
     check_returned(returned, params)
@@ -195,13 +194,17 @@ def train(
         staleness=np.int32(0),
     )
     layouts = Layout(params), of_grads, of_grads.cast(transport_dtype)
+    of_worker = Parcel({"params": params, "batches": batch}, (grad_fn, batches, key, *layouts))
+    of_server = Parcel(
+        {"params": params, "the state of tx": state_like},
+        (tx, jax.tree.map(np.asarray, params), layouts),
+    )
 
     signature = [f"mode: {mode}"]  # the rows of a history are of one kind
     signature += _checkpoint.signature(params=params, state=state_like)
     claimed = _checkpoint.claimed(checkpoint_dir, signature, resume=resume, num_updates=num_updates)
     with claimed as (checkpoint_dir, lock):
         from optax_dcasgd.parameter_server._driver import Driver
-        from optax_dcasgd.parameter_server._server import Options
 
         options = Options(
             mode=mode,
@@ -220,33 +223,19 @@ def train(
             else fingerprint(grad_fn, params, tx, batches, batch, key),
             lock=lock,
         )
-        started = not ray.is_initialized()
-        if started:
-            with warnings.catch_warnings():
-                # Ray starts programs of its own, which never return to the forked process.
-                warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-                # Set where a job has been submitted to a cluster.
-                address = address or os.environ.get("RAY_ADDRESS")
-                # Ray adds to the configuration that it is given.
-                ray.init(**({"address": address} if address else copy.deepcopy(_EMBEDDED)))
-        elif address is not None:
-            raise ValueError("address has no effect: Ray is initialised already. Leave it out.")
-        try:
-            worker_args = (grad_fn, batches, key, *layouts)
-            of_actors = worker_options or {}, server_options or {}
-            with Driver(worker_args, tx, params, options, *of_actors) as driver:
-                driver.train(progress)
-                return driver.result()
-        finally:
-            if started:
-                ray.shutdown()
+        of_actors = worker_options or {}, server_options or {}
+        with (
+            _cluster.connected(address),
+            Driver(of_worker, of_server, (params, state_like), options, *of_actors) as driver,
+        ):
+            return driver.train(progress)
 
 
 def resize(name: str, num_workers: int) -> None:
     """Changes the number of workers of a run under way, from another thread, process or machine.
 
-    New workers take part as soon as they have started. Those that leave finish what they are
-    computing first. The highest indices come last and go first.
+    It returns when the run knows of it. New workers take part as soon as they have started. Those
+    that leave finish what they are computing first. The highest indices come last and go first.
 
     Args:
       name: The ``name`` that `train` was called with.
@@ -267,19 +256,18 @@ def resize(name: str, num_workers: int) -> None:
         parameter_server.resize("run", 4)
     """
     _arguments.check_integer("num_workers", num_workers, minimum=1)
-    ray = _import_ray()
+    ray = _cluster.import_ray()
     from optax_dcasgd.parameter_server._driver import NAMESPACE
 
-    try:
-        server = ray.get_actor(name, namespace=NAMESPACE)
-    except ValueError as error:
-        raise ValueError(f"There is no run of the name {name!r} on this Ray cluster.") from error
-    ray.get(server.resize.remote(num_workers))
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError('parameter_server needs Ray: pip install "optax-dcasgd[ray]".') from error
-    return ray
+    is_known = False
+    while not is_known:
+        try:
+            server = ray.get_actor(name, namespace=NAMESPACE)
+            is_known = ray.get(server.resize.remote(num_workers))
+        except ValueError as error:
+            raise ValueError(
+                f"There is no run of the name {name!r} on this Ray cluster."
+            ) from error
+        except ray.exceptions.RayActorError:
+            pass  # another server takes its place, or the run has ended
+        time.sleep(_ASK_AGAIN)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_dcasgd.parameter_server import _travel
+
 _SMALL = 64 * 1024  # bytes; Ray carries up to 100 KiB within a call, without its object store
 _ALIGNMENT = 16  # bytes; of each leaf within a message
 
@@ -35,6 +37,12 @@ class Layout:
         self._ends = np.cumsum([0, *padded]).tolist()
         self._sizes = sizes
         self.is_small = self._ends[-1] <= _SMALL
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "treedef": _travel.to_tree(self.treedef)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, treedef=_travel.to_treedef(state["treedef"]))
 
     def cast(self, dtype: Any) -> "Layout":
         """Returns this layout, with that dtype for each real floating-point leaf that is wider."""

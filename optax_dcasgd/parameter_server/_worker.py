@@ -39,7 +39,13 @@ def get_batch(batches: Any, index: int) -> Any:
     """Batch number ``index``: ``batches(index)``, or an entry of each leaf, over and over."""
     if callable(batches):
         return batches(index)
-    return jax.tree.map(lambda x: np.asarray(x)[index % len(x)], batches)
+    return jax.tree.map(lambda x: x[index % len(x)], batches)
+
+
+def to_host(x: Any) -> Any:
+    """The array in the host's memory; random keys, which NumPy cannot hold, as they are."""
+    is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return x if is_key else np.asarray(x)
 
 
 class Worker:
@@ -80,8 +86,9 @@ class Worker:
 
     def ready(self) -> None:
         """Compiles the gradient, on batch 0, so that the first real one is not stale for that."""
-        zeros = [np.zeros(*x) for x in zip(self._params.shapes, self._params.dtypes, strict=True)]
-        with contextlib.suppress(Exception, SystemExit):  # what is wrong shows with the real ones
+        with contextlib.suppress(BaseException):  # what is wrong shows with the real ones
+            like = zip(self._params.shapes, self._params.dtypes, strict=True)
+            zeros = [np.zeros(*x) for x in like]
             batch = get_batch(self._batches, 0)
             params = self._params.treedef.unflatten(zeros)
             jax.block_until_ready(self._gradient(params, batch, self._key, np.int32(0)))
@@ -105,7 +112,9 @@ class Worker:
                 raise _NotFiniteError(f"grads{self._params.paths[leaf]} is not finite{where}")
         except _RefusedError as refused:
             return _refused(f"{refused} (batch {index})", isinstance(refused, _NotFiniteError))
-        except (Exception, SystemExit):
+        except BaseException as error:  # a data loader may raise KeyboardInterrupt, CancelledError
+            if hasattr(error, "ray_terminate_msg"):  # Ray was told to end the process
+                raise
             return _refused(
                 f"grad_fn or batches failed on batch {index}:\n{traceback.format_exc()}"
             )

@@ -325,4 +325,4 @@ def _num_finite(loss: jax.Array, params: Any) -> jax.Array:
     finite = jnp.isfinite(loss)
     params_finite = jnp.array([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
     at_the_end = loss.shape[0] - 1 + params_finite.astype(jnp.int32)
-    return jnp.where(finite.all(), at_the_end, jnp.argmin(finite)).astype(jnp.int32)
+    return jnp.where(finite.all(), at_the_end, jnp.argmin(finite).astype(jnp.int32))

@@ -126,6 +126,28 @@ class Unloadable(Batches):
         raise ModuleNotFoundError("no module named as my data set")
 
 
+def deadly_tx(caller, at, error=None):
+    """Ends the server, and not the calling process, at its start or at its sixth update."""
+
+    def end(count):
+        if os.getpid() != caller and (at == "start" or count == 5):
+            if error is not None:
+                raise error
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def init(params):
+        if at == "start":
+            end(0)
+        return jnp.zeros((), jnp.int32)
+
+    def update(updates, count, params=None, **extra):
+        if at == "update":
+            jax.debug.callback(end, count)
+        return updates, count + 1
+
+    return optax.chain(optax.GradientTransformationExtraArgs(init, update), TX)
+
+
 def die(batch):
     os.kill(os.getpid(), signal.SIGKILL)
     return batch

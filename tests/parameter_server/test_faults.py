@@ -24,6 +24,7 @@ from parameter_server_runs import (
 )
 
 from optax_dcasgd import parameter_server
+from optax_dcasgd.parameter_server import _driver
 
 pytestmark = ON_RAY
 
@@ -40,7 +41,9 @@ def test_workers_that_are_killed(model, tmp_path):
     indices = {20, 21, 60, 61, 62, 100, 140}
     # Long enough for Ray to notice the last one too.
     result = train(1200, batches=cases.Faulty(tmp_path, indices, cases.die), **model)
-    assert kinds(result)["worker lost"] == len(indices), result.events
+    lost = [event.message for event in result.events if event.kind == "worker lost"]
+    assert len(lost) == len(indices), result.events
+    assert all(re.search(r"^\w+: [^\n]*it (was killed|died) [^\n]*$", line) for line in lost), lost
     assert kinds(result)["worker back"] >= 3
     assert indices <= set(result.history.batch.tolist())
     assert_sound(result, **model)
@@ -65,10 +68,35 @@ def test_workers_that_wait_are_killed_too(model):
 
 
 def test_workers_that_cannot_be_started():
-    with pytest.raises(
-        RuntimeError, match=r"(?s)No worker is left.*no module named as my data set"
-    ):
+    line = "No worker is left; the last one: ModuleNotFoundError: no module named as my data set"
+    with pytest.raises(RuntimeError, match=f"^{line}$"):
         train(batches=cases.Unloadable())
+
+
+def test_workers_that_nobody_has_room_for(monkeypatch, caplog):
+    """While another one pushes."""
+    monkeypatch.setattr(_driver, "_PATIENCE", 2.0)
+    options = {"worker_options": {"num_cpus": 5}, "num_workers": 3}
+    result = train(800, batches=cases.Batches(0.01), **options)
+    before, *waiting = (event.message for event in result.events)
+    assert "1 of 3 workers fit the cluster at a time" in before
+    assert len(result.workers) == 1
+    late = [m for m in waiting if re.match(r"workers \[.*\] have not .* each asks for 5 CPU; ", m)]
+    mentioned = {int(i) for m in late for i in re.findall(r"\d+", m.partition("]")[0])}
+    assert {0, 1, 2} - set(result.workers) <= mentioned
+    assert "1 of 3 workers took part" in caplog.text
+
+
+def test_a_server_that_nobody_has_room_for(monkeypatch):
+    """It is said; here, that ends the run."""
+
+    def note(driver, kind, message):
+        raise InterruptedError(f"{kind}: {message}")
+
+    monkeypatch.setattr(_driver, "_PATIENCE", 1.0)
+    monkeypatch.setattr(_driver.Driver, "_note", note)
+    with pytest.raises(InterruptedError, match=r"waiting: the server has not .* 1 CPU, 1 nobody;"):
+        train(server_options={"resources": {"nobody": 1}})
 
 
 @BOTH_SIZES
@@ -160,6 +188,7 @@ cloudpickle.register_pickle_by_value(cases)
 import ray
 from ray.cluster_utils import Cluster
 from optax_dcasgd import parameter_server
+from optax_dcasgd.parameter_server import _driver
 
 directory = sys.argv[2]
 batches = cases.Faulty(directory, {400}, lambda batch: batch, pause=0.03)  # only a sign

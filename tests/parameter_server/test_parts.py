@@ -1,7 +1,6 @@
 """The server's parts, each without Ray."""
 
-import itertools
-import random
+import asyncio
 from typing import ClassVar
 
 import jax
@@ -10,58 +9,17 @@ import numpy as np
 import pytest
 import ray
 from parameter_server_cases import PARTS_PARAMS as PARAMS
+from ray._raylet import raise_sys_exit_with_custom_error_message
 
 from optax_dcasgd.parameter_server import (
-    _bound,
     _calls,
     _history,
     _metrics,
+    _reasons,
     _worker,
 )
 from optax_dcasgd.parameter_server._book import Book, Push
 from optax_dcasgd.parameter_server._transport import Layout
-from optax_dcasgd.parameter_server._update import Version
-
-# The bound on staleness.
-
-
-def can_all_be_applied(staleness, max_staleness):
-    """Whether there is an order that keeps the bound, by trying all."""
-    return any(
-        all(tau + earlier <= max_staleness for earlier, tau in enumerate(order))
-        for order in itertools.permutations(staleness)
-    )
-
-
-def test_the_bound_allows_exactly_what_can_be_kept():
-    for size in range(5):
-        for staleness in itertools.product(range(4), repeat=size):
-            for limit in range(5):
-                pulled = can_all_be_applied([*staleness, 0], limit)
-                assert _bound.may_pull(list(staleness), limit) == pulled
-                for i, tau in enumerate(staleness):
-                    rest = [other + 1 for j, other in enumerate(staleness) if j != i]
-                    if tau <= limit:
-                        applied = can_all_be_applied(rest, limit)
-                        assert _bound.may_apply(list(staleness), i, limit) == applied
-
-
-@pytest.mark.parametrize("limit", [0, 1, 2, 5])
-def test_nobody_waits_for_ever(limit):
-    """Workers of random speed: the bound is kept, and there is always something to do."""
-    draw, book, version, idle = random.Random(limit), Book(limit), 0, set(range(6))
-    for _ in range(2000):
-        while idle and book.may_pull(version):
-            book.pull(idle.pop(), Version(version, b"", None), is_alone=False)
-        assert not book.is_empty()
-        if book.computing() and draw.random() < 0.7:
-            book.push(Push(book.answered(draw.choice(book.computing())), 0.0, 0.0, b""))
-        while push := book.next_push(version):
-            assert version - push.pull.version.number <= limit
-            version += 1
-            idle.add(push.pull.worker)
-    assert version > 200
-
 
 # Metrics.
 
@@ -178,7 +136,7 @@ class Actor:
     ],
 )
 def test_a_worker_that_does_not_come(error, is_gone, monkeypatch):
-    """Ray is asked again if the worker may come back. A task that fails is never sent again."""
+    """Ray is asked again if the worker may come back. A task that is lost is never sent again."""
 
     def get(ref):
         if answers:
@@ -192,7 +150,7 @@ def test_a_worker_that_does_not_come(error, is_gone, monkeypatch):
     ((index, news),) = calls.wait(0.1)
     assert index == 0
     assert type(news) is (_calls.Gone if is_gone else _calls.Lost)
-    assert str(error).strip().splitlines()[0] in news.reason
+    assert news.reason == _reasons.one_line(error)
     assert actor.calls == [()] if is_gone else [(), ()]
     if is_gone:
         assert calls.wait(0.01) == []
@@ -205,6 +163,30 @@ def test_a_worker_that_does_not_come(error, is_gone, monkeypatch):
     assert actor.calls[-2:] == [(7, b"params"), ()]
 
 
+TASK_ERROR = ray.exceptions.RayTaskError(
+    "gradient", "Traceback (most recent call last):\n  File ...\nMemoryError: no", MemoryError("no")
+)
+
+
+def test_a_fault_of_a_worker_itself_is_one_of_its_batch(monkeypatch):
+    """And if it comes while the worker starts, the worker is gone, not started again and again."""
+
+    def get(ref):
+        raise TASK_ERROR
+
+    monkeypatch.setattr(ray, "wait", lambda refs, **_: (refs, []))
+    calls, actor = _calls.Calls(), Actor()
+    calls.start(0, actor)
+    monkeypatch.setattr(ray, "get", lambda ref: None)
+    calls.wait(0.1)
+    monkeypatch.setattr(ray, "get", get)
+    calls.send(0, 7, b"params")
+    assert calls.wait(0.1) == [(0, _worker.Refused("MemoryError: no"))]
+    calls.start(1, actor)
+    assert calls.wait(0.1) == [(1, _calls.Gone("MemoryError: no"))]
+    assert calls.wait(0.01) == []
+
+
 # Workers.
 
 
@@ -215,7 +197,14 @@ def make_worker(grad_fn, batches, params, transport_dtype=None):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(SystemExit(3), "SystemExit: 3"), (ValueError("\ud800"), "\\ud800")]
+    ("error", "told"),
+    [
+        (SystemExit(3), "SystemExit: 3"),
+        (ValueError("\ud800"), "\\ud800"),
+        (asyncio.CancelledError(), "CancelledError"),  # as data loaders raise
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (GeneratorExit(), "GeneratorExit"),
+    ],
 )
 def test_a_worker_survives_what_batches_raise(error, told):
     def batches(i):
@@ -227,6 +216,15 @@ def test_a_worker_survives_what_batches_raise(error, told):
     assert isinstance(refused, _worker.Refused)
     assert "failed on batch 7:\n" in refused.reason
     assert told in refused.reason
+
+
+def test_a_worker_does_not_survive_what_ends_its_process():
+    """Its batch is not at fault. On SIGTERM Ray raises this, wherever the worker is."""
+    worker, layout = make_worker(
+        lambda *_: None, lambda i: raise_sys_exit_with_custom_error_message("SIGTERM"), PARAMS
+    )
+    with pytest.raises(SystemExit):
+        worker.gradient(7, layout.pack(jax.tree.leaves(PARAMS)))
 
 
 def test_a_model_without_parameters():

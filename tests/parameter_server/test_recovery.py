@@ -1,5 +1,6 @@
 """Checkpoints, really written: a server dies, a run goes on, a disk is full, Ctrl-C."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -22,13 +23,12 @@ from parameter_server_runs import (
     kill_server,
     kinds,
     meanwhile,
-    name_of,
     train,
     wait_for_server,
     wait_until,
 )
 
-from optax_dcasgd import add_delay_compensation
+from optax_dcasgd import add_delay_compensation, parameter_server
 from optax_dcasgd.parameter_server import _driver
 
 pytestmark = ON_RAY
@@ -74,6 +74,44 @@ def test_a_server_that_dies_before_its_last_checkpoint(tmp_path, monkeypatch):
     assert [event.kind for event in result.events] == ["server lost", "resumed"]
     assert_sound(result)
     assert 250 in versions(tmp_path)
+
+
+def test_a_server_that_dies_after_the_number_of_workers_has_changed(tmp_path):
+    """The new one knows the workers that there are, not those of the beginning."""
+    signs, checkpoints = tmp_path / "signs", tmp_path / "checkpoints"
+    signs.mkdir()
+
+    def disturb():
+        wait_until(lambda: list(signs.iterdir()))
+        for num_workers, signatures in [(3, 3), (1, 3), (3, 5)]:
+            parameter_server.resize("resized", num_workers)
+            wait_until(lambda: len(list(signs.iterdir())) == signatures)  # noqa: B023
+        kill_server(wait_for_server)
+
+    with meanwhile(disturb):
+        options = {"checkpoint_dir": checkpoints, "checkpoint_every": 100, "name": "resized"}
+        result = train(2000, batches=cases.Signed(signs, pause=0.02), **options)
+    assert kinds(result) == {"server lost": 1, "resumed": 1}
+    assert set(result.history.worker[-200:].tolist()) == {0, 1, 2}
+    assert_sound(result)
+
+
+@pytest.mark.parametrize("at", ["start", "update"])
+def test_a_server_that_dies_again_and_again(at, tmp_path):
+    """Before its first checkpoint: it would do so for ever."""
+    tx = cases.deadly_tx(os.getpid(), at)
+    died = r"The server died 3 times without a new checkpoint, .*process \d+: it was killed"
+    with pytest.raises(RuntimeError, match=died):
+        train(tx=tx, checkpoint_dir=tmp_path)
+
+
+def test_a_server_that_cannot_be_started(tmp_path):
+    tx = cases.deadly_tx(os.getpid(), "start", error=MemoryError("too\nlarge"))
+    with pytest.raises(RuntimeError, match=r"^The server could not .*: MemoryError: too large"):
+        train(tx=tx, checkpoint_dir=tmp_path)
+    tx = cases.deadly_tx(os.getpid(), "start")
+    with pytest.raises(RuntimeError, match=r"^The server died when it was started, and witho"):
+        train(tx=tx)
 
 
 def test_without_checkpoints_a_dead_server_is_an_error():
@@ -189,8 +227,18 @@ parameter_server.train(
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_script_that_ends_leaves_a_checkpoint_and_no_processes(how, tmp_path):
+def in_session(leader):
+    """The names of the processes that it has started, and they."""
+    found = []
+    for process in psutil.process_iter(["name"]):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if os.getsid(process.pid) == leader:
+                found.append(process.info["name"])
+    return found
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_script_that_ends_leaves_a_checkpoint_and_no_processes(by, tmp_path):
     """The last one where it is interrupted; one to go on from at once where it is killed."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(
@@ -203,23 +251,22 @@ def test_a_script_that_ends_leaves_a_checkpoint_and_no_processes(how, tmp_path):
     )
     wait_until(lambda: process.poll() is not None or max(versions(tmp_path), default=0) >= 100)
     assert process.poll() is None, process.communicate()
-    started = psutil.Process(process.pid).children(recursive=True)
-    assert len(started) > 3
-    if how == signal.SIGINT:
-        os.killpg(process.pid, how)  # as a terminal does
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode != 0
-        assert "KeyboardInterrupt" in errors
-        assert "Interrupted; a checkpoint of" in errors
-        written = int(errors.split("Interrupted; a checkpoint of ")[1].split()[0])
-        assert written in versions(tmp_path)
+    assert any("raylet" in name for name in in_session(process.pid))
+    if by == signal.SIGINT:
+        os.killpg(process.pid, by)  # as a terminal does
     else:
-        process.kill()
+        os.kill(process.pid, by)
+    if by == signal.SIGKILL:
         process.wait(timeout=60)
         options = {"num_workers": 2, "batches": cases.Batches(), "checkpoint_dir": tmp_path}
         result = train(max(versions(tmp_path)) + 100, **options)
         assert [event.kind for event in result.events] == ["resumed"]
         assert_sound(result)
-        process.communicate(timeout=60)
-
-    wait_until(lambda: not any(p.is_running() and name_of(p) for p in started))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if by != signal.SIGKILL:
+        assert ("KeyboardInterrupt" in errors) == (by == signal.SIGINT)
+        assert "Interrupted; a checkpoint of" in errors
+        written = int(errors.split("Interrupted; a checkpoint of ")[1].split()[0])
+        assert written in versions(tmp_path)
+    wait_until(lambda: not in_session(process.pid))

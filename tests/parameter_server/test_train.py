@@ -129,29 +129,6 @@ def test_compensation_of_plain_sgd_is_that_of_the_gradient():
         )
 
 
-X64 = """
-import jax
-jax.config.update("jax_enable_x64", True)
-import jax.numpy as jnp, numpy as np, optax
-from optax_dcasgd import parameter_server, simulation
-grad_fn = jax.value_and_grad(lambda w, batch, key: jnp.sum((w - batch) ** 2))
-batches = np.random.default_rng(0).normal(size=(50, 3))
-tx = optax.sgd(0.1)
-result = parameter_server.train(
-    grad_fn, jnp.zeros(3), tx, batches, num_workers=2, num_updates=50, progress=False
-)
-assert result.params.dtype == jnp.float64
-assert not result.events, result.events
-replayed = simulation.run(grad_fn, jnp.zeros(3), tx, batches, result.arrivals)
-np.testing.assert_allclose(result.params, replayed.params, rtol=1e-13)
-"""
-
-
-def test_float64():
-    """The workers compute in it where the caller does."""
-    run_python(X64)
-
-
 # Bounded staleness.
 
 
