@@ -16,8 +16,9 @@ from optax_dcasgd.parameter_server import _checkpoint, _history, _resources, _se
 from optax_dcasgd.parameter_server._actors import Server, Worker
 from optax_dcasgd.parameter_server._calls import NEVER_AGAIN
 from optax_dcasgd.parameter_server._history import Event, Result
+from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._reasons import one_line
-from optax_dcasgd.parameter_server._server import Options, Status
+from optax_dcasgd.parameter_server._server import Status
 from optax_dcasgd.parameter_server._transport import from_raw
 from optax_dcasgd.parameter_server._travel import Parcel
 
@@ -221,6 +222,7 @@ class Driver:
         except ray.exceptions.RayActorError:
             raise
         except Exception as error:
+            # TensorStore's are long, and Ray's own are the whole traceback.
             self._note("checkpoint failed", _checkpoint.reason(getattr(error, "cause", error)))
             return None
         return version

@@ -1,35 +1,24 @@
 """When the server writes a checkpoint, what of its state goes into one, and how it goes on."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from optax_dcasgd.parameter_server import _history, _lock
 from optax_dcasgd.parameter_server._book import Book
 from optax_dcasgd.parameter_server._checkpoint import Checkpoints, Snapshot, reason
-from optax_dcasgd.parameter_server._fingerprint import Fingerprint, changes
+from optax_dcasgd.parameter_server._fingerprint import changes
+from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._record import Record
 from optax_dcasgd.parameter_server._update import Update
 
 _NAMED = 3  # leaves, in a message
 
 
-class Run(NamedTuple):
-    """What a checkpoint keeps of a run beside its state, and where it is written."""
-
-    directory: str | None
-    lock: str | None  # the token of `_lock.held`
-    every: int  # so many updates
-    signature: list[str]  # what has to be the same to go on from it
-    fingerprint: Fingerprint  # what should be
-
-
 class Saving:
     """Writes the checkpoints of a run, or does nothing where it has no directory for them."""
 
-    def __init__(self, run: Run, state: tuple[Update, Record, Book]):
-        self._run = run
-        self._checkpoints = None if run.directory is None else Checkpoints(run.directory)
+    def __init__(self, options: Options, state: tuple[Update, Record, Book]):
+        self._options, directory = options, options.checkpoint_dir
+        self._checkpoints = None if directory is None else Checkpoints(directory)
         self._update, self._record, self._book = state
         self._diverged: str | None = None
 
@@ -56,7 +45,7 @@ class Saving:
         rows = _history.to_rows(snapshot.history) if version else self._record.rows[:0]
         self._record.restore(rows, snapshot.meta["time"])
         self._record.event("resumed", None, f"from the checkpoint of {version} updates")
-        if changed := changes(snapshot.meta["fingerprint"], self._run.fingerprint):
+        if changed := changes(snapshot.meta["fingerprint"], self._options.fingerprint):
             self._record.event(
                 "changed",
                 None,
@@ -84,13 +73,15 @@ class Saving:
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             after = f"Not finite after {self._record.version} updates"
             return self.give_up(f"{after}: {', '.join(names[:_NAMED])}{more}")
-        if not _lock.is_held(self._run.directory, self._run.lock):
-            return f"Another run has taken checkpoint_dir {self._run.directory}."
+        directory = self._options.checkpoint_dir
+        if not _lock.is_held(directory, self._options.lock):
+            return f"Another run has taken checkpoint_dir {directory}."
         return None
 
     def is_due(self) -> bool:
         """Whether a checkpoint has to be written after this update."""
-        return self._checkpoints is not None and self._record.version % self._run.every == 0
+        every = self._options.checkpoint_every
+        return self._checkpoints is not None and self._record.version % every == 0
 
     def begin(self) -> str | None:
         """Begins to write a checkpoint; returns the `failure` that keeps it from being written.
@@ -127,8 +118,8 @@ class Saving:
             return
         rows = self._record.rows
         meta = {
-            "signature": self._run.signature,
-            "fingerprint": self._run.fingerprint,
+            "signature": self._options.signature,
+            "fingerprint": self._options.fingerprint,
             "time": self._record.seconds(),
             "history": {name: rows.dtype[name].str for name in _history.History._fields},
             **self._book.to_save(),

@@ -9,7 +9,6 @@ Only one thread ever works here. The driver calls `advance` again and again. Bet
 can have a checkpoint written, workers attached or retired, and the run stopped.
 """
 
-import dataclasses
 import time
 from typing import Any, NamedTuple
 
@@ -18,33 +17,14 @@ import optax
 
 from optax_dcasgd.parameter_server._book import Book, Pull, Push
 from optax_dcasgd.parameter_server._calls import Calls, Gone, Lost, News, Ready
-from optax_dcasgd.parameter_server._fingerprint import Fingerprint
 from optax_dcasgd.parameter_server._history import Event
+from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._record import Record
 from optax_dcasgd.parameter_server._roster import Roster
-from optax_dcasgd.parameter_server._saving import Run, Saving
+from optax_dcasgd.parameter_server._saving import Saving
 from optax_dcasgd.parameter_server._transport import Layout
 from optax_dcasgd.parameter_server._update import Gradient, Update, Version
 from optax_dcasgd.parameter_server._worker import Computed, Refused
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the server has to know of a run; the arguments of `train`."""
-
-    mode: str
-    num_workers: int
-    num_updates: int
-    max_staleness: int | None
-    on_stale: str
-    checkpoint_dir: str | None
-    checkpoint_every: int
-    compensation_every: int | None
-    max_bad_pushes: int
-    name: str | None
-    signature: list[str]
-    fingerprint: Fingerprint = dataclasses.field(default_factory=dict)
-    lock: str | None = None  # the token of `_lock.held`
 
 
 class Status(NamedTuple):
@@ -79,14 +59,7 @@ class Server:
         self._update = Update(tx, params, layouts)
         self._book = Book(options.max_staleness if options.on_stale == "wait" else None)
         self._record = Record(options.num_updates, options.name)
-        run = Run(
-            options.checkpoint_dir,
-            options.lock,
-            options.checkpoint_every,
-            options.signature,
-            options.fingerprint,
-        )
-        self._saving = Saving(run, (self._update, self._record, self._book))
+        self._saving = Saving(options, (self._update, self._record, self._book))
         self._saving.restore()
         self._published: Version | None = None
         self._to_apply: list[Gradient] = []  # recorded already

@@ -14,6 +14,7 @@ from optax_dcasgd._gradients import check_batches, check_returned
 from optax_dcasgd.parameter_server import _checkpoint, _cluster
 from optax_dcasgd.parameter_server._fingerprint import fingerprint
 from optax_dcasgd.parameter_server._history import Result
+from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._transport import Layout
 from optax_dcasgd.parameter_server._travel import Parcel
 from optax_dcasgd.parameter_server._worker import get_batch, to_host
@@ -109,15 +110,15 @@ def train(
         is that of another run, or ``checkpoint_dir`` is in use by another run, holds another model
         or a run in another mode, or checkpoints none of which can be read.
       OSError: If ``checkpoint_dir`` cannot be written.
-      RuntimeError: If more than ``max_bad_pushes`` gradients were refused (a checkpoint has been
-        written), no worker is left, the server cannot be started, or it died and there is no
-        checkpoint to go on from (or three times without a new one). If parameters or optimizer
-        state are no longer finite (no checkpoint is written of them).
+      RuntimeError: If more than ``max_bad_pushes`` gradients were refused, no worker is left, the
+        server cannot be started, or it died and there is no checkpoint to go on from (or three
+        times without a new one). If parameters or optimizer state are no longer finite (no
+        checkpoint is written of them).
 
     A gradient with the wrong structure, shape or dtype, or one that is not finite as it is sent, is
     refused, and so is one whose computation raised: training goes on, and the event says whose it
-    was and which leaf. Whatever ends ``train`` early, an interrupt (Ctrl-C, SIGTERM) or an error,
-    a checkpoint is written first and the actors are stopped.
+    was and which leaf. Whatever ends ``train`` early, an interrupt (Ctrl-C, SIGTERM) or an error, a
+    checkpoint is written first and the actors are stopped.
 
     The actors get JAX's configuration as it is set here, but for what belongs to a process (caches,
     logs, debugging); what ``runtime_env`` sets in its ``env_vars`` goes before.
@@ -206,7 +207,6 @@ def train(
     claimed = _checkpoint.claimed(checkpoint_dir, signature, resume=resume, num_updates=num_updates)
     with claimed as (checkpoint_dir, lock):
         from optax_dcasgd.parameter_server._driver import Driver
-        from optax_dcasgd.parameter_server._server import Options
 
         options = Options(
             mode=mode,

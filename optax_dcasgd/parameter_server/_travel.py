@@ -71,7 +71,8 @@ def _collect(name: str, tree: Any, found: dict[type, tuple[str, ...]]) -> None:
     if any(not path for path, _ in one_level):
         return  # a leaf
     cls = type(tree)
-    if _travels_by_value(cls) and not hasattr(cls, "_fields") and cls not in found:
+    is_builtin = cls.__module__ == "builtins" or hasattr(cls, "_fields")  # None, named tuples
+    if not is_builtin and _travels_by_value(cls) and cls not in found:
         keys = [path[0] for path, _ in one_level]
         fields = {field.name for field in dataclasses.fields(cls)} if _is_plain(cls) else set()
         names = tuple(key.name for key in keys if isinstance(key, jax.tree_util.GetAttrKey))

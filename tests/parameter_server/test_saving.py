@@ -8,8 +8,10 @@ import optax
 import pytest
 from parameter_server_cases import PARTS_PARAMS as PARAMS
 
-from optax_dcasgd.parameter_server import _checkpoint, _lock, _record, _saving
+from optax_dcasgd.parameter_server import _checkpoint, _lock, _record
 from optax_dcasgd.parameter_server._book import Book, Pull, Push
+from optax_dcasgd.parameter_server._options import Options
+from optax_dcasgd.parameter_server._saving import Saving
 from optax_dcasgd.parameter_server._transport import Layout
 from optax_dcasgd.parameter_server._update import Gradient, Update, Version
 
@@ -25,11 +27,15 @@ class Run:
         self.params, self.layout = params, layout
         self.update = Update(tx or optax.sgd(0.1), params, (layout, layout, layout))
         self.record, self.book = _record.Record(1000, None), Book(None)
-        run = _saving.Run(
-            None if directory is None else str(directory),
-            *(about.get("lock"), every, ["lines"], about.get("fingerprint", {})),
+        options = Options(
+            **{"mode": "async", "num_workers": 1, "num_updates": 1000, "max_staleness": None},
+            **{"on_stale": "wait", "compensation_every": None, "max_bad_pushes": 0, "name": None},
+            checkpoint_dir=None if directory is None else str(directory),
+            checkpoint_every=every,
+            signature=["lines"],
+            **about,
         )
-        self.saving = _saving.Saving(run, (self.update, self.record, self.book))
+        self.saving = Saving(options, (self.update, self.record, self.book))
         self.saving.restore()
 
     def step(self, number=1.0):

@@ -11,6 +11,7 @@ import pytest
 from parameter_server_cases import PARTS_PARAMS as PARAMS
 
 from optax_dcasgd.parameter_server import _record, _server, _worker
+from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._transport import Layout
 
 LAYOUT = Layout(PARAMS)
@@ -26,9 +27,7 @@ def server(request, monkeypatch):
         **{"compensation_every": None, "max_bad_pushes": 3, "name": None, "signature": []},
         **getattr(request, "param", {}),
     }
-    return _server.Server(
-        optax.sgd(0.1), PARAMS, (LAYOUT, LAYOUT, LAYOUT), _server.Options(**options), {}
-    )
+    return _server.Server(optax.sgd(0.1), PARAMS, (LAYOUT, LAYOUT, LAYOUT), Options(**options), {})
 
 
 def test_who_is_missing_is_said_while_nothing_happens(server, monkeypatch):

@@ -1,5 +1,6 @@
 """What gets to the actors: trees of any node types, JAX's settings; without Ray."""
 
+import collections
 import dataclasses
 import pickle
 
@@ -56,6 +57,7 @@ TREES = {
     "dataclass": {"a": Data(np.ones(2), 5)},
     "nnx.State": nnx.state(nnx.Linear(1, 2, rngs=nnx.Rngs(0)), nnx.Param),
     "own": Own(np.ones(2)),
+    "None": {"a": None, "b": (np.ones(2), collections.OrderedDict(c=np.ones(1)))},
 }
 
 
