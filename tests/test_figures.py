@@ -200,7 +200,10 @@ def test_what_the_pages_outside_the_manual_link_to_is_there(name):
 
 @pytest.mark.parametrize(
     ("script", "where", "heading"),
-    [("overlapped_data_parallel", "docs/spmd.md", "### What it costs in accuracy")],
+    [
+        ("overlapped_data_parallel", "docs/spmd.md", "### What it costs in accuracy"),
+        ("pipeline_delay", "docs/pipelines.md", "## What it gives back"),
+    ],
 )
 def test_a_table_of_cells_is_what_the_example_prints(script, where, heading):
     module, methods, report = map(load, (script, "stale_methods", "stale_report"))
@@ -212,6 +215,6 @@ def test_a_table_of_cells_is_what_the_example_prints(script, where, heading):
         report.tables(name, of, updates, module.MEASURE) for name, of, _ in report.groups(cells)
     ]
     section = page(where).partition(heading)[2].partition("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ")]
-    assert len(rows) > 3
+    _, *rows = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(rows) > 2
     assert {*rows} <= {*"\n".join(printed).splitlines()}
