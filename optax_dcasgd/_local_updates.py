@@ -1,10 +1,10 @@
 """`local_updates`: a gradient function that takes several steps of its own."""
 
+import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -143,7 +143,8 @@ def local_updates(grad_fn: GradFn, tx: optax.GradientTransformation, num_steps: 
         else:
             inputs = batches, jnp.arange(num_steps, dtype=jnp.int32)
             (_, _, total), losses = lax.scan(step if count is None else step_if_used, carry, inputs)
-            loss = losses.mean() if count is None else losses.sum() / count.astype(losses.dtype)
+            used = None if count is None else jnp.arange(num_steps) < count
+            loss = losses.mean(where=used)
         return loss, jax.tree.map(lambda p, s: -s.astype(p.dtype), params, total)
 
     return local_grad_fn
@@ -155,7 +156,7 @@ def _update(optimizer: Any, grads: Any, state: Any, params: Any) -> Any:
     try:
         return optimizer.update(grads, state, params, **fresh)
     except TypeError as error:
-        if "argument" not in str(error):
+        if not re.search(r"missing \d+ required|unexpected keyword argument", str(error)):
             raise
         raise TypeError(
             "tx cannot be the optimizer of local_updates, which calls tx.update(grads, state, "
@@ -166,14 +167,14 @@ def _update(optimizer: Any, grads: Any, state: Any, params: Any) -> Any:
 
 def _check_count(count: Any, num_steps: int) -> jax.Array:
     """The number of steps of a round, clamped where its value cannot be checked."""
-    if isinstance(count, int | np.integer) and not 1 <= count <= num_steps:
-        raise ValueError(
-            f"batches.num_steps must be at least 1 and at most num_steps={num_steps}; got {count}."
-        )
     if jnp.shape(count) != () or not jnp.issubdtype(jnp.result_type(count), jnp.integer):
         raise TypeError(
             "batches.num_steps must be one integer, the number of batches that are used; got "
             f"{count!r}."
+        )
+    if not isinstance(count, jax.core.Tracer) and not 1 <= int(count) <= num_steps:
+        raise ValueError(
+            f"batches.num_steps must be at least 1 and at most num_steps={num_steps}; got {count}."
         )
     return jnp.clip(jnp.asarray(count, jnp.int32), 1, num_steps)
 

@@ -54,7 +54,7 @@ def check(stale_params: Any, params: Any, state: Any, staleness: Any) -> Any:
 def _is_live(stale_params: Any, aligned: Any, params: Any) -> bool:
     """Whether the two trees share a Variable of nnx."""
     nnx: Any = sys.modules.get("flax.nnx")
-    if nnx is None or not isinstance(params, nnx.State):
+    if nnx is None:
         return False
 
     def variables(tree: Any) -> set[int]:

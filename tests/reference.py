@@ -160,6 +160,18 @@ def one_update_old(grad_fn, params, num_updates, **hyperparameters):
     return trajectory
 
 
+class DelayLine:
+    """A FIFO of gradients with the parameters at which each was computed."""
+
+    def __init__(self, delay):
+        self.delay, self.queue = delay, []
+
+    def __call__(self, g, w):
+        """What went in ``delay`` calls ago, or None while there is nothing that old."""
+        self.queue.append((wide(g), wide(w)))
+        return self.queue.pop(0) if len(self.queue) > self.delay else None
+
+
 def scale_by_staleness(g, staleness, power=1.0):
     """g / max(τ, 1)^power, for one τ or a tree of them like ``g``."""
     if not isinstance(staleness, dict | list | tuple):

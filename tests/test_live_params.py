@@ -1,5 +1,7 @@
 """`stale_params` that is the current parameters under another name, and so never stale."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,11 +86,13 @@ def test_they_are_refused_inside_nnx_jit_too():
         step(model, optimizer, grads, LIVE["state"](model))
 
 
-@pytest.mark.parametrize("name", ["rule", "dcasgd", "gap"])
-def test_they_are_refused_without_an_nnx_optimizer(name):
-    model, _, grads, _ = start(name)
-    params, stale = nnx.state(model), nnx.state(model)
+@pytest.mark.parametrize("name", ["rule", "dcasgd", "gap", "remembered"])
+@pytest.mark.parametrize("inside", [lambda state: state, lambda state: {"a": (state,)}])
+def test_they_are_refused_without_an_nnx_optimizer(name, inside):
+    model, _, grads, extra = start(name)
+    params, stale, grads = inside(nnx.state(model)), inside(nnx.state(model)), inside(grads)
     tx = OPTIMIZERS[name](params)
+    tx = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, **extra))
     _, state = tx.update(grads, tx.init(params), params, stale_params=stale)
     tx.update(grads, state, params, stale_params=params)  # the same tree: it is meant
     tx.update(grads, state, params, stale_params=jax.tree.map(jnp.copy, stale))

@@ -170,6 +170,11 @@ def test_each_step_has_a_key_of_its_own():
     np.testing.assert_allclose(loss(3), np.mean(each), rtol=1e-6)
 
 
+def test_the_mean_loss_of_a_short_round_does_not_overflow():
+    local = local_updates(lambda p, b, key: (jnp.float16(300), p), optax.sgd(0.1), 300)
+    assert local(jnp.ones(2), LocalBatches(jnp.ones(300), 299), KEY)[0] == 300
+
+
 def test_updates_too_small_for_the_parameters_are_sent():
     """In bfloat16 1 − 0.001 is 1, and 0.5 + 0.001 is 0.5."""
     local = local_updates(lambda p, b, key: (p.sum(), jnp.ones_like(p)), optax.sgd(1e-3), 600)
@@ -265,6 +270,7 @@ def call(params=W, batches=BATCH, key=KEY, **arguments):
         ({"batches": LocalBatches(jnp.ones(4), 2)}, ValueError, "batches has shape .*num_steps=3"),
         ({"batches": LocalBatches(BATCH, 0)}, ValueError, "batches.num_steps must be at least 1"),
         ({"batches": LocalBatches(BATCH, np.int32(4))}, ValueError, "at most num_steps=3; got 4"),
+        ({"batches": LocalBatches(BATCH, jnp.array(4))}, ValueError, "at most num_steps=3; got 4"),
         ({"batches": LocalBatches(BATCH, 1.5)}, TypeError, "batches.num_steps must be one integer"),
         ({"key": 3}, TypeError, "key must be one JAX random key"),
     ],

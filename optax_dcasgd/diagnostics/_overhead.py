@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from optax_dcasgd import _arguments
@@ -43,8 +44,8 @@ class Overhead(NamedTuple):
           TypeError: If a time is no number.
           ValueError: If a time is not above 0.
         """
-        _arguments.check_scalar("fresh_step", fresh_step, above=0.0, schedule=False)
-        _arguments.check_scalar("stale_step", stale_step, above=0.0, schedule=False)
+        for name, time in (("fresh_step", fresh_step), ("stale_step", stale_step)):
+            _arguments.check_scalar(name, np.asarray(time).item(), above=0.0, schedule=False)
         if not (math.isfinite(self.ratio) and self.ratio > 0):
             return f"{self} There is no break-even."
         speed = fresh_step / stale_step
@@ -75,7 +76,8 @@ def overhead(fresh: Any, stale: Any, updates: Any = None, *, loss: float | None 
       updates: How many updates were done at each evaluation, increasing, as many as the longer of
         the two curves has evaluations. By default 1, 2, 3, ...: evaluations evenly apart.
       loss: :math:`\ell`. By default the lowest loss that both mean curves reach, where the worse of
-        the two ends. (If one curve ends above the start of the other, the loss at that start.)
+        the two ends. (If one curve ends above the start of the other, the loss at that start. If
+        one diverges, the loss at which the other ends.)
 
     Returns:
       The ratio, its standard error over seeds (the jackknife: from leaving out one run after the
@@ -131,7 +133,7 @@ def overhead(fresh: Any, stale: Any, updates: Any = None, *, loss: float | None 
 def _losses(name: str, losses: Any) -> np.ndarray:
     """As an array of shape (seeds, evaluations)."""
     runs = np.asarray(losses)
-    if not (np.issubdtype(runs.dtype, np.floating) or np.issubdtype(runs.dtype, np.integer)):
+    if not (jnp.issubdtype(runs.dtype, jnp.floating) or jnp.issubdtype(runs.dtype, jnp.integer)):
         raise TypeError(f"{name} must be an array of losses; got dtype {runs.dtype}.")
     if runs.ndim not in (1, 2) or not runs.size:
         raise ValueError(
@@ -144,7 +146,13 @@ def _ratio(fresh: np.ndarray, stale: np.ndarray, at: np.ndarray, loss: float | N
     curves = [_falling(runs.mean(0), at) for runs in (fresh, stale)]
     if loss is None:
         # Where the worse of the two ends; but not above where either starts.
-        starts, ends = ([values[i] for _, values in curves if values.size] for i in (0, -1))
+        starts = [values[0] for _, values in curves if values.size]
+        whole = [bool(np.isfinite(runs).all()) for runs in (fresh, stale)]
+        ends = [
+            values[-1]
+            for (_, values), is_whole in zip(curves, whole, strict=True)
+            if values.size and (is_whole or not any(whole))
+        ]
         loss = float(min(max(ends), *starts))
     fresh_updates, stale_updates = (_updates_to(loss, *curve) for curve in curves)
     if math.isinf(fresh_updates):

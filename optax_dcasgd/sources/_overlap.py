@@ -168,7 +168,8 @@ def overlap_reduction(
                     f"updates{jax.tree_util.keystr(path)} is the same on all devices of the axis "
                     f"{axis_name!r}: it has been summed already. overlap_reduction takes local "
                     "gradients: leave out the pmean, and differentiate at "
-                    f"jax.lax.pcast(params, {axis_name!r}, to='varying')."
+                    f"jax.lax.pcast(params, {axis_name!r}, to='varying'). (delay_gradients goes "
+                    "inside overlap_reduction, not around it.)"
                 )
             return jnp.asarray(grad, kept.dtype)[None]
 
@@ -177,7 +178,11 @@ def overlap_reduction(
         )
         reduced = reduction(jax.tree.map(lambda g: jnp.squeeze(g, 0), state.grads), axis_name)
         new_updates, inner_state = inner.update(
-            reduced, state.inner_state, params, staleness=staleness + 1, **extra_args
+            reduced,
+            state.inner_state,
+            params,
+            staleness=jax.tree.map(lambda age: age + 1, staleness),
+            **extra_args,
         )
         started = state.count >= 1
         return (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_dcasgd import _arguments, _checks, _trees
+from optax_dcasgd import _arguments, _checks, _stale_params, _trees
 
 
 class RememberParamsState(NamedTuple):
@@ -113,7 +113,7 @@ def remember_params(
     ) -> tuple[optax.Updates, RememberParamsState]:
         _checks.check_updates(updates, params)
         if stale_params is not None:
-            stale_params = _checks.align("stale_params", stale_params, params)
+            stale_params = _stale_params.check(stale_params, params, state, staleness)
         elif num_workers is None and worker is not None:
             raise ValueError(
                 "worker was passed, but num_workers is None: one copy of the parameters is "

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -99,8 +100,19 @@ def test_a_curve_ends_where_one_of_its_runs_diverges():
     fresh = np.stack([10.0 - T, 10.0 - T])
     stale = fresh / 2 + 5
     stale[1, 4:] = [np.inf, *[0.0] * (len(T) - 5)]  # what comes after is not read
-    found = overhead(fresh, stale)
-    assert (found.loss, found.stale_updates, found.ratio) == (8.0, 4.0, 2.0)
+    assert overhead(fresh, stale, loss=8.0)[3:] == (2.0, 4.0)
+    found = overhead(fresh, stale)  # not where it diverged, at little cost until then
+    assert (found.loss, found.stale_updates) == (fresh[0, -1], math.inf)
+    assert overhead(stale, fresh).ratio == 0
+    assert overhead(stale, stale).loss == stale[0, 3]
+
+
+def test_losses_and_times_that_are_jax_arrays():
+    found = overhead(jnp.array([4, 2], jnp.bfloat16), jnp.array([4.0, 3.0, 2.0]), loss=2.0)
+    assert found.ratio == 1.5
+    assert "1.5 times as fast" in found.break_even(jnp.array(3.0), np.float32(2.0))
+    with pytest.raises(ValueError, match="fresh_step must be"):
+        found.break_even(jnp.array(-1.0), 2.0)
 
 
 def test_break_even_in_words():

@@ -89,6 +89,22 @@ def test_gradients_at_parameters_that_the_caller_says():
     assert_close(state.stale_params, waiting[1])
 
 
+def test_gradients_that_were_late_before_each_parameter_by_its_own_number():
+    tx = overlap_reduction(optax.chain(dc.scale_by_staleness(), optax.sgd(1.0)), "data")
+    ages = {name: age for age, name in enumerate(PARAMS)}
+
+    def second_update(params):
+        grads = jax.tree.map(jnp.ones_like, jax.lax.pcast(params, "data", to="varying"))
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, params, staleness=ages)
+        return updates
+
+    found = jax.shard_map(second_update, mesh=mesh_of(), in_specs=P(), out_specs=P())(PARAMS)
+    for name, age in ages.items():  # and one update later for the reduction
+        np.testing.assert_allclose(found[name], -1 / (age + 1), rtol=1e-6)
+
+
 def test_the_number_of_devices_changes_nothing_but_rounding():
     tx = overlap("updates")
     assert_close(train(tx, devices=1)[0], train(tx)[0])
