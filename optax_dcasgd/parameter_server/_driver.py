@@ -14,7 +14,7 @@ import ray
 
 from optax_dcasgd.parameter_server import _checkpoint, _history, _resources, _settings
 from optax_dcasgd.parameter_server._actors import Server, Worker
-from optax_dcasgd.parameter_server._calls import NEVER_AGAIN
+from optax_dcasgd.parameter_server._calls import ENDED, NOT_STARTED
 from optax_dcasgd.parameter_server._history import Event, Result
 from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._reasons import one_line
@@ -113,7 +113,7 @@ class Driver:
         """Starts a new server in the place of one that has died, or cannot be reached."""
         reason, was_up = one_line(error), self._is_up
         self._kill_server()
-        if not isinstance(error, ray.exceptions.RayActorError) or error.actor_init_failed:
+        if isinstance(error, NOT_STARTED) or getattr(error, "actor_init_failed", False):
             raise RuntimeError(f"The server could not be started: {reason}") from None
         if self._options.checkpoint_dir is None:
             when = f"after about {self._version} updates" if was_up else "when it was started"
@@ -179,7 +179,7 @@ class Driver:
             while True:
                 try:
                     return self._result(*self._train(progress))
-                except (ray.exceptions.RayActorError, *NEVER_AGAIN) as error:
+                except ENDED as error:
                     self._restart(error)
         except BaseException as error:
             if self._is_up and self._options.checkpoint_dir is not None:
@@ -208,7 +208,7 @@ class Driver:
         """Saves the updates so far, before the error ends the run."""
         try:
             version = self._save()
-        except ray.exceptions.RayActorError as death:
+        except ENDED as death:
             version = None
             self._note("checkpoint failed", one_line(death))
         if version is not None:
@@ -219,7 +219,7 @@ class Driver:
         """Has a checkpoint written, and returns its version; a failure is an event."""
         try:
             version: int | None = ray.get(self._server.save.remote())
-        except ray.exceptions.RayActorError:
+        except ENDED:
             raise
         except Exception as error:
             # TensorStore's are long, and Ray's own are the whole traceback.

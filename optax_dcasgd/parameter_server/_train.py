@@ -259,6 +259,7 @@ def resize(name: str, num_workers: int) -> None:
     """
     _arguments.check_integer("num_workers", num_workers, minimum=1)
     ray = _cluster.import_ray()
+    from optax_dcasgd.parameter_server._calls import ENDED
     from optax_dcasgd.parameter_server._driver import NAMESPACE
 
     is_known = False
@@ -270,6 +271,6 @@ def resize(name: str, num_workers: int) -> None:
             raise ValueError(
                 f"There is no run of the name {name!r} on this Ray cluster."
             ) from error
-        except ray.exceptions.RayActorError:
+        except ENDED:
             pass  # another server takes its place, or the run has ended
         time.sleep(_ASK_AGAIN)

@@ -132,6 +132,7 @@ class Actor:
     [
         (ray.exceptions.ActorUnavailableError("it restarts", bytes(16)), False),
         (ray.exceptions.ActorDiedError(), True),
+        (ray.exceptions.OutOfMemoryError("its node has too little memory"), True),
         (ray.exceptions.RuntimeEnvSetupError("no such package"), True),
     ],
 )
