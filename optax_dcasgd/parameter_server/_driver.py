@@ -52,6 +52,7 @@ class Driver:
         self._events: list[Event] = []
         self._num_dropped: collections.Counter[int | None] = collections.Counter()  # by worker
         self._workers: dict[int, Any] = {}
+        self._gone: set[int] = set()  # workers that would not start, or end, another time
         self._waiting: dict[int, float] = {}  # since when, for each worker not mentioned yet
         self._took_part: set[int] = set()
         self._wished = options.num_workers
@@ -133,7 +134,7 @@ class Driver:
     # The workers.
 
     def _make_workers(self, num_workers: int) -> None:
-        new = [index for index in range(num_workers) if index not in self._workers]
+        new = sorted(set(range(num_workers)) - self._workers.keys() - self._gone)
         if new and (message := _resources.too_many(num_workers, self._worker_options)):
             self._note("many workers", message)
         for index in new:
@@ -146,12 +147,15 @@ class Driver:
         self._took_part.update(status.took_part)
         for event in status.events:
             self._event(event)
-        for index in status.retired:
+        self._gone.update(status.gone)
+        for index in [*status.retired, *status.gone]:
             ray.kill(self._workers.pop(index))
             self._waiting.pop(index, None)
         is_new_wish = status.num_workers != self._wished
         self._wished = status.num_workers
-        if is_new_wish or self._wished > len(self._workers):
+        if is_new_wish:
+            self._gone.clear()  # these are made anew
+        if is_new_wish or self._wished > len(self._workers.keys() | self._gone):
             self._make_workers(self._wished)
             ray.get(self._server.attach.remote(self._workers, self._wished))
         self._mention(status.starting)

@@ -237,7 +237,8 @@ def resize(name: str, num_workers: int) -> None:
     """Changes the number of workers of a run under way, from another thread, process or machine.
 
     It returns when the run knows of it. New workers take part as soon as they have started. Those
-    that leave finish what they are computing first. The highest indices come last and go first.
+    that leave finish what they are computing first. The highest indices come last and go first. A
+    change also replaces the workers that would not come back ("worker gone").
 
     Args:
       name: The ``name`` that `train` was called with.

@@ -1,6 +1,7 @@
 """The driver, with actors that exist only here."""
 
 import collections
+import copy
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from optax_dcasgd.parameter_server._transport import Layout
 
 STATUS = _server.Status(
     **{"version": 1, "loss": 0.0, "staleness": 0.0, "events": [], "num_workers": 2},
-    **{"retired": [], "starting": [], "took_part": {0, 1}, "failure": None},
+    **{"retired": [], "gone": [], "starting": [], "took_part": {0, 1}, "failure": None},
 )
 OUT_OF_MEMORY = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low")
 
@@ -28,7 +29,7 @@ class Actor:
 
     def __getattr__(self, method):
         def remote(*args):
-            self.calls.append((method, *args))
+            self.calls.append((method, *map(copy.copy, args)))
             return lambda: self._answer(method)
 
         return type("Method", (), {"remote": staticmethod(remote)})
@@ -63,12 +64,15 @@ def start(monkeypatch, tmp_path):
     monkeypatch.setattr(ray, "kill", kill)
     monkeypatch.setattr(ray, "wait", lambda calls, **_: (calls, []))
     monkeypatch.setattr(_driver._resources, "too_many", lambda *_: None)
+    workers = []
 
     def start(*servers, checkpoint_dir=str(tmp_path), **options):
         servers = list(servers)
 
         def make(cls, *_):
-            return lambda *rest: servers.pop(0) if cls is _driver.Server else Actor()
+            if cls is _driver.Server:
+                return lambda *rest: servers.pop(0)
+            return lambda: workers.append(Actor()) or workers[-1]
 
         monkeypatch.setattr(_driver, "_maker", make)
         options = Options(
@@ -113,3 +117,20 @@ def test_why_there_is_no_server(error, told, start):
         pytest.raises(RuntimeError, match=told),
     ):
         driver.train(progress=False)
+
+
+def test_a_worker_that_is_gone_is_made_anew_when_the_number_changes(start):
+    """And not before: it would be gone again, for ever."""
+    gone, other = STATUS._replace(version=0, gone=[0]), STATUS._replace(version=0)
+    resized = STATUS._replace(version=0, num_workers=1)
+    statuses = [gone, other, resized, resized, STATUS._replace(num_workers=1, retired=[1])]
+    server = healthy(advance=statuses)
+    with start(server) as driver:
+        before = dict(driver._workers)
+        driver.train(progress=False)
+        assert driver._workers.keys() == {0}
+        assert driver._workers[0] is not before[0]
+    assert not any(worker.is_alive for worker in before.values())
+    (attached,) = [call for call in server.calls if call[0] == "attach"]
+    assert attached[2] == 1
+    assert attached[1][1] is before[1]
