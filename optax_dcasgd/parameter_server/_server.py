@@ -63,7 +63,7 @@ class Server:
         self._saving = Saving(options, (self._update, self._record, self._book))
         self._saving.restore()
         self._published: Version | None = None
-        self._to_apply: list[Gradient] = []  # recorded already
+        self._to_apply: list[Gradient] = []  # which the book has no more
         self._took_part: set[int] = set()
         self._gone: list[int] = []
         self._why_gone = "it had to leave"  # the last one
@@ -244,10 +244,12 @@ class Server:
         self._took_part.add(pull.worker)
         gradient = Gradient(push.packed, pull.version, pull.worker, staleness)
         every, compensation = self._options.compensation_every, np.nan
-        if every is not None and version % every == 0:
+        is_measured = every is not None and version % every == 0
+        if is_measured:
             self._flush()
-            compensation = self._update.compensation(gradient)
         self._to_apply.append(gradient)
+        if is_measured:
+            compensation = self._update.compensation(gradient)
         self._count(push, staleness, compensation)
 
     def _flush(self) -> None:
@@ -260,7 +262,9 @@ class Server:
         for push in pushes:
             self._roster.release(push.pull.worker)
             self._took_part.add(push.pull.worker)
-        self._update.apply_mean([Gradient(push.packed, push.pull.version, 0, 0) for push in pushes])
+        self._to_apply = [Gradient(push.packed, push.pull.version, 0, 0) for push in pushes]
+        self._update.apply_mean(self._to_apply)
+        self._to_apply = []
         mean = Push(
             pushes[0].pull._replace(worker=0),
             float(np.mean([push.loss for push in pushes])),

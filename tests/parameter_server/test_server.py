@@ -142,3 +142,26 @@ def test_a_run_without_workers_ends(two, first):
         assert two.advance(0.0).failure is None
         lose(two, 0)
     assert two.advance(0.0).failure == "No worker is left; the last one: no such module"
+
+
+@pytest.mark.parametrize(
+    ("server", "method"),
+    [
+        ({"compensation_every": 1}, "compensation"),
+        ({"mode": "sync"}, "apply_mean"),
+        ({}, "apply"),
+    ],
+    indirect=["server"],
+)
+def test_a_gradient_whose_update_fails_is_not_missing_from_a_checkpoint(
+    server, method, monkeypatch
+):
+    """Its batch would be counted as done: nothing is saved."""
+    monkeypatch.setattr(server, "_calls", Calls(hanging=()))
+    monkeypatch.setattr(server._update, method, mock.Mock(side_effect=MemoryError))
+    server._roster.members.add(0)
+    server._roster.ready(0, is_idle=True)
+    with pytest.raises(MemoryError):
+        server.advance(20.0)
+    with pytest.raises(RuntimeError, match="failed half way, and is not saved"):
+        server.save()
