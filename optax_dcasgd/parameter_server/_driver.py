@@ -73,7 +73,7 @@ class Driver:
         except BaseException as error:
             for worker in self._workers.values():
                 ray.kill(worker)
-            if isinstance(error, ValueError) and options.name is not None:  # from Ray
+            if isinstance(error, ValueError) and "already taken" in str(error):  # from Ray
                 raise ValueError(f"name={options.name!r} is that of a run under way.") from error
             raise
 

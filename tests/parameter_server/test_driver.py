@@ -66,12 +66,15 @@ def start(monkeypatch, tmp_path):
     monkeypatch.setattr(_driver._resources, "too_many", lambda *_: None)
     workers = []
 
+    def made(server):
+        return server() if callable(server) else server
+
     def start(*servers, checkpoint_dir=str(tmp_path), **options):
         servers = list(servers)
 
         def make(cls, *_):
             if cls is _driver.Server:
-                return lambda *rest: servers.pop(0)
+                return lambda *rest: made(servers.pop(0))
             return lambda: workers.append(Actor()) or workers[-1]
 
         monkeypatch.setattr(_driver, "_maker", make)
@@ -134,3 +137,18 @@ def test_a_worker_that_is_gone_is_made_anew_when_the_number_changes(start):
     (attached,) = [call for call in server.calls if call[0] == "attach"]
     assert attached[2] == 1
     assert attached[1][1] is before[1]
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        ("The name mine (namespace=optax_dcasgd) is already taken. Please use", "^name='mine' is"),
+        ("Invalid option keyword num_cpu", "^Invalid option keyword num_cpu"),
+    ],
+)
+def test_only_rays_own_error_is_that_of_a_name_that_is_taken(raised, told, start):
+    def fail(*_):
+        raise ValueError(raised)
+
+    with pytest.raises(ValueError, match=told):
+        start(fail, name="mine")

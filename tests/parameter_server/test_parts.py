@@ -224,8 +224,9 @@ def test_a_worker_does_not_survive_what_ends_its_process():
     worker, layout = make_worker(
         lambda *_: None, lambda i: raise_sys_exit_with_custom_error_message("SIGTERM"), PARAMS
     )
-    with pytest.raises(SystemExit):
-        worker.gradient(7, layout.pack(jax.tree.leaves(PARAMS)))
+    for call in (worker.ready, lambda: worker.gradient(7, layout.pack(jax.tree.leaves(PARAMS)))):
+        with pytest.raises(SystemExit):
+            call()
 
 
 def test_a_model_without_parameters():
