@@ -93,7 +93,7 @@ def held(directory: str) -> Iterator[str]:
         is_free = None
         while is_free is None:
             file = stack.enter_context(open(path, "a+b"))
-            # The error below advises to remove it. That may happen meanwhile; it is opened anew then,
+            # The error below advises to remove it. Where that happens meanwhile it is opened anew,
             # since the lock on what was removed keeps nobody out.
             with contextlib.suppress(FileNotFoundError):
                 is_free = _is_free(file, path)

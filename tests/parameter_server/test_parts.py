@@ -16,6 +16,7 @@ from optax_dcasgd.parameter_server import (
     _history,
     _metrics,
     _reasons,
+    _settings,
     _worker,
 )
 from optax_dcasgd.parameter_server._book import Book, Push
@@ -279,6 +280,13 @@ def test_a_gradient_has_to_be_finite_as_it_is_sent(dtype, largest):
 
 
 # Machines.
+
+
+def test_actors_have_the_callers_defaults_but_not_what_has_no_value():
+    sent = _settings.of_caller({"JAX_ENABLE_X64": "1"})
+    assert "jax_enable_x64" not in sent  # the user has chosen
+    assert _settings.of_caller({})["jax_enable_x64"] is False
+    assert {*sent.values()}.isdisjoint({None, ""})
 
 
 def test_how_long_ray_waits_for_a_machine():
