@@ -13,12 +13,12 @@ from optax_dcasgd.parameter_server import _reasons
 from optax_dcasgd.parameter_server._worker import Computed, Refused
 
 _ASK_AGAIN = 0.05  # seconds, while there is no call to wait for
-# An actor whose start ends with one of these is not started by Ray.
-NEVER_AGAIN = (
-    ray.exceptions.ActorDiedError,
-    ray.exceptions.ActorUnschedulableError,
-    ray.exceptions.RuntimeEnvSetupError,
-)
+NOT_STARTED = (ray.exceptions.ActorUnschedulableError, ray.exceptions.RuntimeEnvSetupError)
+# An actor whose start ends with one of these is not started by Ray. (Where the memory monitor kills
+# one that has restarts left, Ray restarts it, and the call of its start waits for that.)
+_NEVER_AGAIN = (ray.exceptions.ActorDiedError, ray.exceptions.OutOfMemoryError, *NOT_STARTED)
+# What a call raises if the actor has died, cannot be reached or was never started.
+ENDED = (ray.exceptions.RayActorError, *_NEVER_AGAIN)
 
 
 class Ready(NamedTuple):
@@ -88,7 +88,7 @@ class Calls:
             return index, Gone(reason)
         except ray.exceptions.RayError as error:
             reason = _reasons.one_line(error)
-            if is_start and isinstance(error, NEVER_AGAIN):
+            if is_start and isinstance(error, _NEVER_AGAIN):
                 self.stop(index)
                 return index, Gone(reason)
             self.start(index, self._actors[index])

@@ -19,6 +19,7 @@ from optax_dcasgd.parameter_server._fingerprint import checksum
 
 _FORMAT = "optax_dcasgd.parameter_server/2"
 _LENGTH = 200  # characters of a reason
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what TensorStore raises
 _T = TypeVar("_T")
 
 
@@ -50,7 +51,7 @@ def _orbax() -> Any:
 def reason(error: BaseException) -> str:
     """An error in one short sentence; TensorStore's may have kilobytes."""
     text = str(error).strip()
-    if found := re.search(r"os_error_code='(\d+)'", text):
+    if found := _OS_ERROR.search(text):
         error = OSError(int(found[1]), os.strerror(int(found[1])))
         text = str(error)
     line = text.splitlines()[0] if text else ""
@@ -72,6 +73,15 @@ class Damaged(NamedTuple):
 
     version: int
     reason: str
+
+
+def _read(read: Callable[[int], _T], version: int) -> _T:
+    try:
+        return read(version)
+    except Exception as error:
+        if not isinstance(error, OSError) and not _OS_ERROR.search(str(error)):
+            raise
+    return read(version)  # a file system that others use may fail for a moment
 
 
 class Checkpoints:
@@ -106,7 +116,9 @@ class Checkpoints:
         damaged: list[Damaged] = []
         for version in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return version, read(version), damaged
+                return version, _read(read, version), damaged
+            except MemoryError:
+                raise
             except Exception as error:
                 damaged.append(Damaged(version, reason(error)))
         if not damaged:
@@ -139,9 +151,8 @@ class Checkpoints:
         """
         failure = self.settle()
         arrays = {"params": _named(snapshot.params), "state": _named(snapshot.state)}
+        arrays["history"] = snapshot.history if version else {}
         arrays = {name: leaves for name, leaves in arrays.items() if leaves}
-        if version:
-            arrays["history"] = snapshot.history
         # TensorStore notices what is cut off, but not another bit within an array.
         sums = {
             name: checksum([leaves[i] for i in sorted(leaves)]) for name, leaves in arrays.items()
@@ -195,12 +206,10 @@ class Checkpoints:
             name: {str(i): np.empty(x.shape, x.dtype) for i, x in enumerate(leaves) if np.size(x)}
             for name, leaves in trees.items()
         }
-        like = {name: leaves for name, leaves in like.items() if leaves}
         like["history"] = {
             name: np.empty(version, dtype) for name, dtype in meta["history"].items() if version
         }
-        if not version:
-            del like["history"]
+        like = {name: leaves for name, leaves in like.items() if leaves}
         args = self._orbax.args
         restored = self._manager.restore(
             version, args=args.Composite(arrays=args.StandardRestore(like))
@@ -278,13 +287,8 @@ def _check(
     assert found is not None
     version, meta, _ = found  # of the damaged ones the server has to tell, which may find more
     if meta["signature"] != lines:
-        differing = [
-            f"{saved} there and {here} here"
-            for saved, here in zip(
-                [*meta["signature"], "nothing"], [*lines, "nothing"], strict=False
-            )
-            if saved != here
-        ]
+        pairs = zip([*meta["signature"], "nothing"], [*lines, "nothing"], strict=False)
+        differing = [f"{saved} there and {here} here" for saved, here in pairs if saved != here]
         raise ValueError(f"checkpoint_dir {path} holds another model: {differing[0]}.")
     if version > num_updates:
         raise ValueError(

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _EMBEDDED = {
@@ -23,6 +23,19 @@ def import_ray() -> Any:
     except ImportError as error:
         raise ImportError('parameter_server needs Ray: pip install "optax-dcasgd[ray]".') from error
     return ray
+
+
+def check_options(name: str, options: Mapping[str, Any], *, is_server: bool) -> None:
+    """Refuses what Ray would do with an actor, and the library cannot work with."""
+    if options.get("lifetime") == "detached":
+        raise ValueError(
+            f"{name}['lifetime'] must not be 'detached': the actors end with train. Leave it out."
+        )
+    if is_server and (threads := options.get("max_concurrency")) not in (None, 1):
+        raise ValueError(
+            f"{name}['max_concurrency'] must be 1, since the server works in one thread; got "
+            f"{threads!r}. Leave it out."
+        )
 
 
 @contextlib.contextmanager

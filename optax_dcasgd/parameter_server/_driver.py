@@ -14,7 +14,7 @@ import ray
 
 from optax_dcasgd.parameter_server import _checkpoint, _history, _resources, _settings
 from optax_dcasgd.parameter_server._actors import Server, Worker
-from optax_dcasgd.parameter_server._calls import NEVER_AGAIN
+from optax_dcasgd.parameter_server._calls import ENDED, NOT_STARTED
 from optax_dcasgd.parameter_server._history import Event, Result
 from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._reasons import one_line
@@ -52,6 +52,7 @@ class Driver:
         self._events: list[Event] = []
         self._num_dropped: collections.Counter[int | None] = collections.Counter()  # by worker
         self._workers: dict[int, Any] = {}
+        self._gone: set[int] = set()  # workers that would not start, or end, another time
         self._waiting: dict[int, float] = {}  # since when, for each worker not mentioned yet
         self._took_part: set[int] = set()
         self._wished = options.num_workers
@@ -72,7 +73,7 @@ class Driver:
         except BaseException as error:
             for worker in self._workers.values():
                 ray.kill(worker)
-            if isinstance(error, ValueError) and options.name is not None:  # from Ray
+            if isinstance(error, ValueError) and "already taken" in str(error):  # from Ray
                 raise ValueError(f"name={options.name!r} is that of a run under way.") from error
             raise
 
@@ -113,7 +114,7 @@ class Driver:
         """Starts a new server in the place of one that has died, or cannot be reached."""
         reason, was_up = one_line(error), self._is_up
         self._kill_server()
-        if not isinstance(error, ray.exceptions.RayActorError) or error.actor_init_failed:
+        if isinstance(error, NOT_STARTED) or getattr(error, "actor_init_failed", False):
             raise RuntimeError(f"The server could not be started: {reason}") from None
         if self._options.checkpoint_dir is None:
             when = f"after about {self._version} updates" if was_up else "when it was started"
@@ -133,7 +134,7 @@ class Driver:
     # The workers.
 
     def _make_workers(self, num_workers: int) -> None:
-        new = [index for index in range(num_workers) if index not in self._workers]
+        new = sorted(set(range(num_workers)) - self._workers.keys() - self._gone)
         if new and (message := _resources.too_many(num_workers, self._worker_options)):
             self._note("many workers", message)
         for index in new:
@@ -146,12 +147,15 @@ class Driver:
         self._took_part.update(status.took_part)
         for event in status.events:
             self._event(event)
-        for index in status.retired:
+        self._gone.update(status.gone)
+        for index in [*status.retired, *status.gone]:
             ray.kill(self._workers.pop(index))
             self._waiting.pop(index, None)
         is_new_wish = status.num_workers != self._wished
         self._wished = status.num_workers
-        if is_new_wish or self._wished > len(self._workers):
+        if is_new_wish:
+            self._gone.clear()  # these are made anew
+        if is_new_wish or self._wished > len(self._workers.keys() | self._gone):
             self._make_workers(self._wished)
             ray.get(self._server.attach.remote(self._workers, self._wished))
         self._mention(status.starting)
@@ -179,7 +183,7 @@ class Driver:
             while True:
                 try:
                     return self._result(*self._train(progress))
-                except (ray.exceptions.RayActorError, *NEVER_AGAIN) as error:
+                except ENDED as error:
                     self._restart(error)
         except BaseException as error:
             if self._is_up and self._options.checkpoint_dir is not None:
@@ -208,7 +212,7 @@ class Driver:
         """Saves the updates so far, before the error ends the run."""
         try:
             version = self._save()
-        except ray.exceptions.RayActorError as death:
+        except ENDED as death:
             version = None
             self._note("checkpoint failed", one_line(death))
         if version is not None:
@@ -219,7 +223,7 @@ class Driver:
         """Has a checkpoint written, and returns its version; a failure is an event."""
         try:
             version: int | None = ray.get(self._server.save.remote())
-        except ray.exceptions.RayActorError:
+        except ENDED:
             raise
         except Exception as error:
             # TensorStore's are long, and Ray's own are the whole traceback.

@@ -89,9 +89,17 @@ def held(directory: str) -> Iterator[str]:
     """
     path = pathlib.Path(directory, _NAME)
     token = uuid.uuid4().hex
-    with open(path, "ab") as file:
-        if not _is_free(file, path):
-            other = _parse(path.read_bytes())
+    with contextlib.ExitStack() as stack:
+        is_free = None
+        while is_free is None:
+            file = stack.enter_context(open(path, "a+b"))
+            # The error below advises to remove it. Where that happens meanwhile it is opened anew,
+            # since the lock on what was removed keeps nobody out.
+            with contextlib.suppress(FileNotFoundError):
+                is_free = _is_free(file, path)
+        if not is_free:
+            file.seek(0)
+            other = _parse(file.read())
             raise ValueError(
                 f"checkpoint_dir {directory} is in use by another run (process "
                 f"{other.get('process', 'unknown')} on {other.get('host', 'an unknown machine')}). "

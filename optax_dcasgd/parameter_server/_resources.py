@@ -31,6 +31,8 @@ def why_it_waits(options: Mapping[str, Any]) -> str:
         note = " (no node has as much as one asks for)"
     elif all(free[k] >= asked[k] for k in asked):
         note = " (so that there is room: it takes long, or its process dies; see Ray's logs)"
+    if not asked:
+        return f"each asks for nothing{note}"
     return (
         f"each asks for {_text(asked)}; the cluster has {_text(there)}, of which free: "
         f"{_text(free)}{note}"

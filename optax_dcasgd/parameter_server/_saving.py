@@ -46,10 +46,15 @@ class Saving:
         self._record.restore(rows, snapshot.meta["time"])
         self._record.event("resumed", None, f"from the checkpoint of {version} updates")
         if changed := changes(snapshot.meta["fingerprint"], self._options.fingerprint):
+            kept = (
+                " (hyperparameters kept in the state, as by optax.inject_hyperparams, are the "
+                "checkpoint's)"
+            )
             self._record.event(
                 "changed",
                 None,
-                f"{' and '.join(changed)} differ from those of the first {version} updates: "
+                f"{' and '.join(changed)} differ from those of the first {version} updates"
+                f"{kept if 'tx' in changed else ''}: "
                 "simulation.run does not replay the run with the one or the other alone",
             )
 

@@ -36,6 +36,7 @@ class Status(NamedTuple):
     events: list[Event]  # since the last status
     num_workers: int  # as last wished
     retired: list[int]  # workers that have left
+    gone: list[int]  # workers that will not come back, since the last status
     starting: list[int]  # workers that have not been there yet
     took_part: set[int]  # workers whose gradients were applied
     failure: str | None  # why training cannot go on
@@ -62,8 +63,10 @@ class Server:
         self._saving = Saving(options, (self._update, self._record, self._book))
         self._saving.restore()
         self._published: Version | None = None
-        self._to_apply: list[Gradient] = []  # recorded already
+        self._to_apply: list[Gradient] = []  # which the book has no more
         self._took_part: set[int] = set()
+        self._gone: list[int] = []
+        self._why_gone = "it had to leave"  # the last one
         self._failure: str | None = None
         self._num_not_finite = 0  # gradients since the last update
         self._calls = Calls()
@@ -111,11 +114,20 @@ class Server:
         retired = self._roster.retire()
         for index in retired:
             self._calls.stop(index)
+        gone, self._gone = self._gone, []
+        # Of a new number of workers the driver has yet to hear, and makes those that there are not.
+        if (
+            (retired or gone)
+            and not self._roster.members
+            and self._agreed == self._roster.num_workers
+        ):
+            self._fail(f"No worker is left; the last one: {self._why_gone}")
         return Status(
             self._record.version,
             *self._record.report(),
             self._roster.num_workers,
             retired,
+            gone,
             self._roster.starting(),
             self._took_part,
             self._failure,
@@ -176,8 +188,8 @@ class Server:
                 self._roster.remove(index)
                 self._give_to_another(index)
                 self._record.event("worker gone", index, reason)
-                if not self._roster.members:
-                    self._fail(f"No worker is left; the last one: {reason}")
+                self._gone.append(index)
+                self._why_gone = reason
 
     def _give_to_another(self, index: int) -> None:
         """What a lost worker was to compute."""
@@ -232,10 +244,12 @@ class Server:
         self._took_part.add(pull.worker)
         gradient = Gradient(push.packed, pull.version, pull.worker, staleness)
         every, compensation = self._options.compensation_every, np.nan
-        if every is not None and version % every == 0:
+        is_measured = every is not None and version % every == 0
+        if is_measured:
             self._flush()
-            compensation = self._update.compensation(gradient)
         self._to_apply.append(gradient)
+        if is_measured:
+            compensation = self._update.compensation(gradient)
         self._count(push, staleness, compensation)
 
     def _flush(self) -> None:
@@ -248,7 +262,9 @@ class Server:
         for push in pushes:
             self._roster.release(push.pull.worker)
             self._took_part.add(push.pull.worker)
-        self._update.apply_mean([Gradient(push.packed, push.pull.version, 0, 0) for push in pushes])
+        self._to_apply = [Gradient(push.packed, push.pull.version, 0, 0) for push in pushes]
+        self._update.apply_mean(self._to_apply)
+        self._to_apply = []
         mean = Push(
             pushes[0].pull._replace(worker=0),
             float(np.mean([push.loss for push in pushes])),

@@ -18,7 +18,9 @@ _LOCAL = re.compile(
 def of_caller(environment: Mapping[str, str]) -> dict[str, Any]:
     """The values to `apply` in an actor.
 
-    What the caller has left unset stays as the actor's machine has it.
+    Those that have a value, JAX's default too: an actor whose machine sets ``JAX_ENABLE_X64``, say,
+    has to compute as the caller does without. What has none (``None`` or an empty string), such as
+    a precision or a platform that nobody chose, stays as the actor's machine has it.
 
     Args:
       environment: Variables that the user has set for the actor, which go before.

@@ -20,6 +20,7 @@ from optax_dcasgd.parameter_server._travel import Parcel
 from optax_dcasgd.parameter_server._worker import get_batch, to_host
 
 _ASK_AGAIN = 0.1  # seconds, until the driver knows of a wish
+_JOIN = 'In another process than that of the run, call ray.init(address="auto") first.'
 
 
 def train(
@@ -96,7 +97,8 @@ def train(
         machine, and stopped at the end.
       worker_options: Options of Ray for each worker's actor, such as ``{"num_gpus": 1}`` or
         ``{"num_cpus": 4, "resources": {...}}``. By default workers are spread over the nodes.
-      server_options: The same for the server's, but for its name and restarts.
+      server_options: The same for the server's, but for its name, restarts and threads. Neither
+        may be detached.
 
     Returns:
       The last parameters and the optimizer's last state, as JAX arrays; the `History`, with one
@@ -108,12 +110,12 @@ def train(
       TypeError: If an argument has a wrong type, or is a tree with nodes that cannot be sent.
       ValueError: If an argument is out of range, a gradient does not fit the parameters, ``name``
         is that of another run, or ``checkpoint_dir`` is in use by another run, holds another model
-        or a run in another mode, or checkpoints none of which can be read.
+        or a run in another mode, or checkpoints none of which says what it is of.
       OSError: If ``checkpoint_dir`` cannot be written.
       RuntimeError: If more than ``max_bad_pushes`` gradients were refused, no worker is left, the
-        server cannot be started, or it died and there is no checkpoint to go on from (or three
-        times without a new one). If parameters or optimizer state are no longer finite (no
-        checkpoint is written of them).
+        server cannot be started (if the arrays of no checkpoint can be read, say), or it died and
+        there is no checkpoint to go on from (or three times without a new one). If parameters or
+        optimizer state are no longer finite (no checkpoint is written of them).
 
     A gradient with the wrong structure, shape or dtype, or one that is not finite as it is sent, is
     refused, and so is one whose computation raised: training goes on, and the event says whose it
@@ -167,11 +169,10 @@ def train(
     if compensation_every is not None:
         _arguments.check_integer("compensation_every", compensation_every, minimum=1)
     if transport_dtype is not None:
-        transport_dtype = np.dtype(transport_dtype)
-        if not jnp.issubdtype(transport_dtype, jnp.floating):
-            raise TypeError(
-                f"transport_dtype must be a floating-point dtype; got {transport_dtype}."
-            )
+        transport_dtype = _check_transport_dtype(transport_dtype)
+    worker_options, server_options = worker_options or {}, server_options or {}
+    _cluster.check_options("worker_options", worker_options, is_server=False)
+    _cluster.check_options("server_options", server_options, is_server=True)
     key = jax.random.key(0) if key is None else key
     _arguments.check_key("key", key)
     _checks.check_arrays("params", params, _checks.OF_EQUINOX)
@@ -225,19 +226,35 @@ def train(
             else fingerprint(grad_fn, params, tx, batches, batch, key),
             lock=lock,
         )
-        of_actors = worker_options or {}, server_options or {}
         with (
             _cluster.connected(address),
-            Driver(of_worker, of_server, (params, state_like), options, *of_actors) as driver,
+            Driver(
+                *(of_worker, of_server, (params, state_like), options),
+                *(worker_options, server_options),
+            ) as driver,
         ):
             return driver.train(progress)
+
+
+def _check_transport_dtype(dtype: Any) -> np.dtype[Any]:
+    """Returns the dtype that NumPy makes of it."""
+    try:
+        found: np.dtype[Any] = np.dtype(dtype)
+        if jnp.issubdtype(found, jnp.floating):
+            return found
+    except TypeError:  # it makes none
+        pass
+    raise TypeError(
+        f"transport_dtype must be a floating-point dtype such as jnp.bfloat16; got {dtype!r}."
+    )
 
 
 def resize(name: str, num_workers: int) -> None:
     """Changes the number of workers of a run under way, from another thread, process or machine.
 
     It returns when the run knows of it. New workers take part as soon as they have started. Those
-    that leave finish what they are computing first. The highest indices come last and go first.
+    that leave finish what they are computing first. The highest indices come last and go first. A
+    change also replaces the workers that would not come back ("worker gone").
 
     Args:
       name: The ``name`` that `train` was called with.
@@ -259,6 +276,9 @@ def resize(name: str, num_workers: int) -> None:
     """
     _arguments.check_integer("num_workers", num_workers, minimum=1)
     ray = _cluster.import_ray()
+    if not ray.is_initialized():  # Ray would start a cluster of its own
+        raise ValueError(f"Ray has not been initialised in this process. {_JOIN}")
+    from optax_dcasgd.parameter_server._calls import ENDED
     from optax_dcasgd.parameter_server._driver import NAMESPACE
 
     is_known = False
@@ -268,8 +288,8 @@ def resize(name: str, num_workers: int) -> None:
             is_known = ray.get(server.resize.remote(num_workers))
         except ValueError as error:
             raise ValueError(
-                f"There is no run of the name {name!r} on this Ray cluster."
+                f"There is no run of the name {name!r} on this Ray cluster. {_JOIN}"
             ) from error
-        except ray.exceptions.RayActorError:
+        except ENDED:
             pass  # another server takes its place, or the run has ended
         time.sleep(_ASK_AGAIN)

@@ -1,6 +1,5 @@
 """The worker: one gradient at the parameters that it is sent."""
 
-import contextlib
 import time
 import traceback
 from typing import Any, NamedTuple
@@ -86,12 +85,15 @@ class Worker:
 
     def ready(self) -> None:
         """Compiles the gradient, on batch 0, so that the first real one is not stale for that."""
-        with contextlib.suppress(BaseException):  # what is wrong shows with the real ones
+        try:
             like = zip(self._params.shapes, self._params.dtypes, strict=True)
             zeros = [np.zeros(*x) for x in like]
             batch = get_batch(self._batches, 0)
             params = self._params.treedef.unflatten(zeros)
             jax.block_until_ready(self._gradient(params, batch, self._key, np.int32(0)))
+        except BaseException as error:  # what is wrong shows with the real ones
+            if _ends_the_process(error):
+                raise
 
     def gradient(self, index: int, packed: Packed) -> Computed | Refused:
         """Computes the gradient of batch ``index`` at the packed parameters."""
@@ -113,13 +115,18 @@ class Worker:
         except _RefusedError as refused:
             return _refused(f"{refused} (batch {index})", isinstance(refused, _NotFiniteError))
         except BaseException as error:  # a data loader may raise KeyboardInterrupt, CancelledError
-            if hasattr(error, "ray_terminate_msg"):  # Ray was told to end the process
+            if _ends_the_process(error):
                 raise
             return _refused(
                 f"grad_fn or batches failed on batch {index}:\n{traceback.format_exc()}"
             )
         packed = self._transported.pack([np.asarray(leaf) for leaf in grads])
         return Computed(float(loss), time.perf_counter() - start, packed)
+
+
+def _ends_the_process(error: BaseException) -> bool:
+    """Whether Ray was told to."""
+    return hasattr(error, "ray_terminate_msg")
 
 
 def _finite(leaves: list[jax.Array]) -> jax.Array:

@@ -166,3 +166,31 @@ def test_a_directory_without_a_checkpoint_that_can_be_read(tmp_path):
         _checkpoint.claimed(tmp_path, [], resume=True, num_updates=10),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("errors", "version"),
+    [
+        ([OSError("busy")], 8),  # as a network's file system may be for a moment
+        ([ValueError("... os_error_code='5' ...")], 8),  # by TensorStore
+        ([OSError("no"), OSError("no")], 3),
+        ([ValueError("its checksum is another")], 3),
+    ],
+)
+def test_an_error_that_passes_is_no_damage(errors, version, tmp_path, monkeypatch):
+    checkpoints = _checkpoint.Checkpoints(str(tmp_path))
+    monkeypatch.setattr(checkpoints._manager, "all_steps", lambda: [3, 8])
+
+    def read(step):
+        if errors:
+            raise errors.pop()
+        return "what it has"
+
+    found, content, damaged = checkpoints.newest(read)
+    assert (found, content) == (version, "what it has")
+    assert [each.version for each in damaged] == [8][: version == 3]
+
+    errors.append(MemoryError())  # of this process, which has room for no other either
+    with pytest.raises(MemoryError):
+        checkpoints.newest(read)
+    checkpoints.close()

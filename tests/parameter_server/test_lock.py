@@ -89,6 +89,23 @@ def test_another_machine_holds_what_it_writes_to(tmp_path):
 
 
 @pytest.mark.usefixtures("fast")
+def test_the_file_may_be_removed_while_another_run_waits(tmp_path):
+    """As the error says; the directory is then free."""
+    path = tmp_path / "run.lock"
+    path.touch()
+    beat(path, 1)
+
+    def remove():
+        time.sleep(0.05)
+        path.unlink()
+
+    with meanwhile(remove), _lock.held(str(tmp_path)) as token:
+        assert token in path.read_text()
+        with pytest.raises(ValueError, match=IN_USE), _lock.held(str(tmp_path)):
+            pass
+
+
+@pytest.mark.usefixtures("fast")
 def test_who_was_taken_for_dead_learns_it(tmp_path):
     """It stops writing, and knows that the directory is another's."""
     path = tmp_path / "run.lock"

@@ -84,3 +84,11 @@ def test_more_workers_than_the_cluster_has_room_for(num_workers, options, told, 
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": there}])
     message = _resources.too_many(num_workers, options)
     assert (message is None) if told is None else re.search(told, message)
+
+
+def test_an_actor_that_asks_for_nothing_waits(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "available_resources", dict)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    told = _resources.why_it_waits({"num_cpus": 0})
+    assert told.startswith("each asks for nothing (so that there is room: ")

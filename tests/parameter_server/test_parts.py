@@ -16,6 +16,7 @@ from optax_dcasgd.parameter_server import (
     _history,
     _metrics,
     _reasons,
+    _settings,
     _worker,
 )
 from optax_dcasgd.parameter_server._book import Book, Push
@@ -132,6 +133,7 @@ class Actor:
     [
         (ray.exceptions.ActorUnavailableError("it restarts", bytes(16)), False),
         (ray.exceptions.ActorDiedError(), True),
+        (ray.exceptions.OutOfMemoryError("its node has too little memory"), True),
         (ray.exceptions.RuntimeEnvSetupError("no such package"), True),
     ],
 )
@@ -223,8 +225,9 @@ def test_a_worker_does_not_survive_what_ends_its_process():
     worker, layout = make_worker(
         lambda *_: None, lambda i: raise_sys_exit_with_custom_error_message("SIGTERM"), PARAMS
     )
-    with pytest.raises(SystemExit):
-        worker.gradient(7, layout.pack(jax.tree.leaves(PARAMS)))
+    for call in (worker.ready, lambda: worker.gradient(7, layout.pack(jax.tree.leaves(PARAMS)))):
+        with pytest.raises(SystemExit):
+            call()
 
 
 def test_a_model_without_parameters():
@@ -277,6 +280,13 @@ def test_a_gradient_has_to_be_finite_as_it_is_sent(dtype, largest):
 
 
 # Machines.
+
+
+def test_actors_have_the_callers_defaults_but_not_what_has_no_value():
+    sent = _settings.of_caller({"JAX_ENABLE_X64": "1"})
+    assert "jax_enable_x64" not in sent  # the user has chosen
+    assert _settings.of_caller({})["jax_enable_x64"] is False
+    assert {*sent.values()}.isdisjoint({None, ""})
 
 
 def test_how_long_ray_waits_for_a_machine():

@@ -152,9 +152,25 @@ def test_what_is_not_as_before_is_told(tmp_path):
     run = Run(tmp_path, fingerprint={"batches": "c", "key": "b"})
     events = run.events()
     assert "batches differ from those of the first 1 updates" in events["changed"]
+    assert "hyperparameters" not in events["changed"]
     run.step()
     run.saving.save()
     assert list(Run(tmp_path, fingerprint={"batches": "c", "key": "b"}).events()) == ["resumed"]
+
+
+def test_a_state_that_holds_hyperparameters_holds_those_of_before(tmp_path):
+    def tx(rate):
+        return optax.inject_hyperparams(lambda rate: optax.sgd(rate))(rate)
+
+    run = Run(tmp_path, tx(0.1), fingerprint={"tx": "a"})
+    run.step()
+    run.saving.save()
+    was = run.update.state_to_host()
+    run = Run(tmp_path, tx(0.2), fingerprint={"tx": "b"})
+    for new, old in zip(run.update.state_to_host(), was, strict=True):
+        np.testing.assert_array_equal(new, old)
+    told = "hyperparameters kept in the state, as by optax.inject_hyperparams, are the checkpoint's"
+    assert told in run.events()["changed"]
 
 
 # How much a server that dies can lose.

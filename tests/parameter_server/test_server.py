@@ -10,7 +10,7 @@ import optax
 import pytest
 from parameter_server_cases import PARTS_PARAMS as PARAMS
 
-from optax_dcasgd.parameter_server import _record, _server, _worker
+from optax_dcasgd.parameter_server import _calls, _record, _server, _worker
 from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._transport import Layout
 
@@ -101,3 +101,67 @@ def test_divergence_is_not_blamed_on_a_gradient(server, params, not_finite, refu
         server._book.pull(1, None, is_alone=True)
         server._receive(1, _worker.Refused("bad", not_finite))
     assert re.search(failure, server._failure)
+
+
+def lose(server, index):
+    """As `Calls` tells of a worker that will not come back."""
+    server._calls.stop(index)
+    server._receive(index, _calls.Gone("no such module"))
+
+
+@pytest.fixture
+def two(server):
+    """The server, with two workers of which one is idle."""
+    server.attach({0: mock.Mock(), 1: mock.Mock()}, 2)
+    server._receive(1, _calls.Ready())
+    return server
+
+
+def test_a_worker_that_is_gone_can_be_replaced(two):
+    """The one that is left has to leave; the driver, which is to make the other, hears of both."""
+    lose(two, 0)
+    assert not two.resize(1)
+    status = two.advance(0.0)
+    assert (status.gone, status.retired, status.num_workers) == ([0], [1], 1)
+    assert status.failure is None
+    two.attach({0: mock.Mock()}, 1)
+    status = two.advance(0.0)
+    assert (status.gone, status.starting, status.failure) == ([], [0], None)
+
+
+@pytest.mark.parametrize("first", ["gone", "retired"])
+def test_a_run_without_workers_ends(two, first):
+    """Whoever is the last, one that is gone or one that the driver knows has to leave."""
+    two.attach({}, 1)
+    if first == "gone":
+        two._roster.occupy(1)
+        lose(two, 0)
+        assert two.advance(0.0).failure is None
+        two._roster.release(1)
+    else:
+        assert two.advance(0.0).failure is None
+        lose(two, 0)
+    assert two.advance(0.0).failure == "No worker is left; the last one: no such module"
+
+
+@pytest.mark.parametrize(
+    ("server", "method"),
+    [
+        ({"compensation_every": 1}, "compensation"),
+        ({"mode": "sync"}, "apply_mean"),
+        ({}, "apply"),
+    ],
+    indirect=["server"],
+)
+def test_a_gradient_whose_update_fails_is_not_missing_from_a_checkpoint(
+    server, method, monkeypatch
+):
+    """Its batch would be counted as done: nothing is saved."""
+    monkeypatch.setattr(server, "_calls", Calls(hanging=()))
+    monkeypatch.setattr(server._update, method, mock.Mock(side_effect=MemoryError))
+    server._roster.members.add(0)
+    server._roster.ready(0, is_idle=True)
+    with pytest.raises(MemoryError):
+        server.advance(20.0)
+    with pytest.raises(RuntimeError, match="failed half way, and is not saved"):
+        server.save()

@@ -172,7 +172,6 @@ def test_stale_gradients_are_dropped_and_their_batches_kept(tmp_path, caplog):
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1"),
         ({"max_bad_pushes": -1}, ValueError, "max_bad_pushes must be at least 0"),
         ({"compensation_every": 0}, ValueError, "compensation_every must be at least 1"),
-        ({"transport_dtype": jnp.int8}, TypeError, "transport_dtype must be a floating-point"),
         ({"key": 3}, TypeError, "key must be one JAX random key"),
         ({"grad_fn": 3}, TypeError, "grad_fn must be a function"),
         ({"tx": 3}, TypeError, "tx must be an optax.GradientTransformation"),
