@@ -129,8 +129,8 @@ MUTATIONS = [
         21,
         "the gradient is clipped before it is rescaled",
         "mxnet.py",
-        "prepare.append(optax.clip(clip_gradient))",
-        "prepare.insert(1, optax.clip(clip_gradient))",
+        "prepare.append(optax.clip(_at_least_float32(clip_gradient)))",
+        "prepare.insert(1, optax.clip(_at_least_float32(clip_gradient)))",
         f"{MXNET}[2-rescale_and_clip]",
     ),
     Mutation(
