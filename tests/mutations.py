@@ -242,7 +242,7 @@ MUTATIONS = [
         13,
         "the staleness of a gradient that was summed late is off by one",
         "sources/_overlap.py",
-        "staleness=staleness + 1",
+        "staleness=jax.tree.map(lambda age: age + 1, staleness)",
         "staleness=staleness",
         f"{MATRIX_OVERLAP}[the age itself-passed]",
     ),
