@@ -14,7 +14,8 @@ def test_a_killed_worker_loses_its_round_and_nothing_is_done_twice(tmp_path):
         "grad_fn": cases.rounds_of_four,
         "tx": optax.chain(robust_delay_compensation(), optax.sgd(1.0)),
     }
-    result = train(120, batches=cases.Faulty(tmp_path, {20, 50}, cases.die), **rounds)
+    # Long enough for Ray to notice both.
+    result = train(1200, batches=cases.Faulty(tmp_path, {20, 50}, cases.die), **rounds)
     assert kinds(result)["worker lost"] == 2
     assert result.history.staleness.max() > 0
     assert_sound(result, **rounds)
