@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import stats
 
@@ -27,6 +28,12 @@ def number(kind: type, expected: str, legal: Callable[[Any], bool]) -> Callable[
         return value
 
     return convert
+
+
+def machine() -> str:
+    """What the numbers were computed with and on."""
+    device = jax.devices()[0]
+    return f"JAX {jax.__version__} on {device.platform} ({device.device_kind})"
 
 
 count = number(int, "an integer of at least 1", lambda v: v >= 1)

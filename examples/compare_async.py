@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import count, fraction, make_folder, positive, read_entries
+from common import count, fraction, machine, make_folder, positive, read_entries
 from compare_async_plots import plot_all
 from compare_async_problems import PROBLEMS, split
 from compare_async_report import Cell, report
@@ -372,9 +372,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     print("\n" + report(cells, about, problem.good, args.target, args.out))
     plot_all(cells, args.problem, args.out)
-    device = jax.devices()[0]
-    print(f"JAX {jax.__version__} on {device.platform} ({device.device_kind}), ", end="")
-    print(f"{time.perf_counter() - start:.0f} s")
+    print(f"{machine()}, {time.perf_counter() - start:.0f} s")
     print(f"Saved tables.md, CSV files and plots in {args.out}")
 
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import count, make_folder, positive
+from common import count, machine, make_folder, positive
 from compare_async import METHODS as OF_GRADIENTS
 from compare_async import MODES as MODES_OF_GRADIENTS
 from compare_async import CellFile, Method, Trainer
@@ -248,9 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     print("\n" + report(cells, about, args))
     plot(cells, args)
-    device = jax.devices()[0]
-    print(f"JAX {jax.__version__} on {device.platform} ({device.device_kind}), ", end="")
-    print(f"{time.perf_counter() - start:.0f} s")
+    print(f"{machine()}, {time.perf_counter() - start:.0f} s")
     print(f"Saved tables.md, cells.jsonl and plots in {args.out}")
 
 

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from common import compare, mean_and_std
+from common import compare, machine, mean_and_std
 from matplotlib.figure import Figure
 from stale_methods import METHODS, OPTIMIZERS, Cell, Grid, cell_names
 
@@ -233,7 +232,5 @@ def run(
     updates = evaluate_every * np.arange(1, 1 + args.updates // evaluate_every)
     title = ", ".join(f"{name} {value}" for name, value in settings.items())
     print(f"\n{report(grid.finished(names), updates, measure, title, args.out)}\n")
-    device = jax.devices()[0]
-    machine = f"JAX {jax.__version__} on {device.platform} ({device.device_kind})"
-    print(f"{machine}, {time.perf_counter() - start:.0f} s")
+    print(f"{machine()}, {time.perf_counter() - start:.0f} s")
     print(f"Saved tables.md and plots in {args.out}")

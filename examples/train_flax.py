@@ -35,6 +35,7 @@ from common import (
     compare,
     count,
     fraction,
+    machine,
     make_folder,
     mean_and_std,
     nonnegative,
@@ -316,14 +317,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{words}\n")
 
     plot(curves, f"{settings}; {seeds}", args.out / "curves.png")
-    device = jax.devices()[0]
-    machine = f"JAX {jax.__version__} on {device.platform} ({device.device_kind})"
     options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    results = {"machine": machine, "options": options, "verdict": words, "curves": curves}
+    results = {"machine": machine(), "options": options, "verdict": words, "curves": curves}
     # JSON knows no NaN: null is where a run had diverged.
     results = jax.tree.map(lambda v: None if v != v else v, results)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{machine}, {time.perf_counter() - start:.0f} s")
+    print(f"{machine()}, {time.perf_counter() - start:.0f} s")
     print(f"Saved {args.out / 'curves.png'} and {args.out / 'results.json'}")
 
 

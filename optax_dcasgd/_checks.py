@@ -107,7 +107,10 @@ def check_arrays(name: str, tree: Any, remedy: str = "") -> None:
     Raises:
       TypeError: Names the first leaf of which it cannot.
     """
-    is_iterator: Any = lambda x: isinstance(x, Iterator)  # noqa: E731 (JAX warns of them)
+
+    def is_iterator(x: Any) -> bool:  # of which JAX warns where it meets one
+        return isinstance(x, Iterator)
+
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_iterator)[0]:
         if is_iterator(leaf) or _dtype(name, path, leaf) is None:
             name += jax.tree_util.keystr(path)

@@ -52,7 +52,7 @@ def too_many(num_workers: int, options: Mapping[str, Any]) -> str | None:
     if num_workers > _MOST_A_CPU * cpus:
         return (
             f"{num_workers} workers are as many processes on {cpus:g} CPUs, and take "
-            f"{num_workers * _MEMORY:.0f} GB or more; they compute in turns, so that fewer are "
-            "hardly slower and less stale"
+            f"{num_workers * _MEMORY:.0f} GB or more; they compute in turns, and the gradients "
+            "of fewer are less stale"
         )
     return None
