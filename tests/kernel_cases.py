@@ -90,6 +90,18 @@ ALL = [
 ]
 
 
+def hyperparams(mode: Mode) -> dict[str, float | None]:
+    """What `kernels.update` takes of that mode."""
+    return {
+        "learning_rate": 0.1,
+        "momentum": None if mode.momentum == "update" else mode.momentum,
+        "lamda": mode.lamda,
+        "decay": mode.decay,
+        "eps": 1e-7,
+        "clip": mode.clip,
+    }
+
+
 def arguments(mode: Mode, shape, dtype="float32", state_dtype="float32"):
     """Operands of that mode, the update count, and its numbers."""
     rng = np.random.default_rng(len(shape) + sum(shape))
@@ -106,17 +118,7 @@ def arguments(mode: Mode, shape, dtype="float32", state_dtype="float32"):
         momentum=None if mode.momentum is None else array(0.1, state_dtype),
         nu=None if mode.decay is None else jnp.abs(array(1.0, state_dtype)),
     )
-    numbers = cast(
-        {
-            "learning_rate": 0.1,
-            "momentum": None if mode.momentum == "update" else mode.momentum,
-            "lamda": mode.lamda,
-            "decay": mode.decay,
-            "eps": 1e-7,
-            "clip": mode.clip,
-        },
-        jnp.float32,
-    )
+    numbers = cast(hyperparams(mode), jnp.float32)
     return operands, jnp.asarray(0 if mode.first else 3, jnp.int32), numbers
 
 
