@@ -38,8 +38,11 @@ BYTES = {
     "JAX by hand": 28,
     "MXNet DCASGD": 28,
     "copy of the gradients": 8,
-    "fused_dcasgd(implementation='pallas')": 28,
-    "fused_dcasgd(store='updates', implementation='pallas')": 20,
+    "fused_dcasgd(), pallas": 28,
+    "fused_dcasgd(store='updates'), pallas": 20,
+    "torch.optim.SGD(foreach=True)": 20,
+    "torch.optim.SGD(fused=True), CUDA graph": 20,
+    "torch.optim.SGD(foreach=True), CUDA graph": 20,
 }
 
 
@@ -65,10 +68,12 @@ class Worker:
             raise SystemExit("a contender's process ended; its message stands above")
         return json.loads(line)
 
-    def seconds_per_step(self, case: str, contender: str, steps: int) -> float:
-        """Runs some steps of a contender and returns their mean time."""
+    def seconds_per_step(
+        self, shapes: list[tuple[int, ...]], contender: str, steps: int, dtype: str = "float32"
+    ) -> float:
+        """Runs some steps of a contender on new arrays and returns their mean time."""
         assert self._process.stdin is not None
-        request = {"case": case, "contender": contender, "steps": steps}
+        request = {"shapes": shapes, "dtype": dtype, "contender": contender, "steps": steps}
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return self._answer()
 
@@ -77,11 +82,11 @@ def measure(workers: list[Worker], case: str, rounds: int, steps: int) -> dict[s
     """Interleaves all contenders; returns the figures of each."""
     turns = [(worker, contender) for worker in workers for contender in worker.contenders]
     seconds: dict[str, list[float]] = {contender: [] for _, contender in turns}
-    order = random.Random(0)
+    order, shapes = random.Random(0), CASES[case]()
     for _ in range(rounds):
         for worker, contender in order.sample(turns, len(turns)):
-            seconds[contender].append(worker.seconds_per_step(case, contender, steps))
-    size = sum(math.prod(shape) for shape in CASES[case]())
+            seconds[contender].append(worker.seconds_per_step(shapes, contender, steps))
+    size = sum(math.prod(shape) for shape in shapes)
     figures = {}
     for contender, times in seconds.items():
         figures[contender] = {
