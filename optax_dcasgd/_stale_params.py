@@ -15,6 +15,12 @@ import optax
 
 from optax_dcasgd import _checks
 
+_OF_FLATTEN = (
+    "If this is inside optax.flatten: it makes one vector of params and not of stale_params. Put "
+    "the source inside it too, as in optax.flatten(remember_params(...)), or pass "
+    "jax.flatten_util.ravel_pytree(stale_params)[0]."
+)
+
 
 def check(stale_params: Any, params: Any, state: Any, staleness: Any) -> Any:
     """Returns ``stale_params``, given to a rule, with the structure of ``params``.
@@ -37,7 +43,13 @@ def check(stale_params: Any, params: Any, state: Any, staleness: Any) -> Any:
             "backup of update(..., worker=i)), or in optax_dcasgd.delay_gradients, or pass "
             "update(..., stale_params=tree)."
         )
-    aligned = _checks.align("stale_params", stale_params, params)
+    try:
+        aligned = _checks.align("stale_params", stale_params, params)
+    except ValueError as error:
+        is_leaf = jax.tree_util.all_leaves([stale_params])
+        if getattr(params, "ndim", None) == 1 and not is_leaf:
+            raise ValueError(f"{error} {_OF_FLATTEN}") from None
+        raise
     if stale_params is not params and _is_live(stale_params, aligned, params):
         # Fresh gradients, and the first update, whose w_s may well be w.
         known = [staleness, [c for _, c in optax.tree.get_all_with_path(state, "count")]]

@@ -10,11 +10,9 @@ import pytest
 import reference
 from common import WORKERS
 from transformation_cases import (
-    CASES,
     GRADS,
     NUM_WORKERS,
     PARAMS,
-    STALE,
     accumulated,
     assert_close,
     given,
@@ -154,29 +152,3 @@ def test_schedule_free():
         memory.applied(before, y, WORKERS[t])
         assert_close(reference.wide(actual[t]), y, rtol=2e-5)
     assert correct.largest > 0.05
-
-
-# --- flatten ---
-
-
-@pytest.mark.parametrize("name", ["dcasgd-updates", "adaptive-remembered", "dcasgd-workers"])
-def test_flatten_changes_nothing(name):
-    tx, extras = CASES[name].make(), CASES[name].extras
-    actual, state = run(optax.flatten(tx), extras, grads=GRADS[:4])
-    # Not to the bit: a square root in a vector register may round otherwise than one beside it.
-    assert_close(actual, run(tx, extras, grads=GRADS[:4])[0])
-    assert all(leaf.shape[-1:] in [(), (13,), (3,)] for leaf in jax.tree.leaves(state))
-
-
-def test_flatten_takes_flat_stale_params():
-    """flatten flattens no extra arguments: a tree is refused by name, a vector is right."""
-    tx = optax.flatten(dc.dcasgd(0.1, 0.9, 0.5, store=None))
-
-    def flat(t):
-        return {"stale_params": jax.flatten_util.ravel_pytree(STALE[t])[0]}
-
-    actual, state = run(tx, flat, grads=GRADS[:3])
-    expected, _ = run(dc.dcasgd(0.1, 0.9, 0.5, store=None), given, grads=GRADS[:3])
-    assert_close(actual, expected)
-    with pytest.raises(ValueError, match=r"stale_params must have the structure of params"):
-        tx.update(GRADS[0], state, PARAMS, stale_params=STALE[0])
