@@ -171,7 +171,8 @@ def fused_dcasgd(
     =====================  =====================================  ==================================
     TPU, by XLA            in place                               in place
     TPU, Pallas            in place                               arrays are copied
-    GPU                    not measured                           not measured
+    GPU, by XLA            in place                               in place
+    GPU, Pallas            in place                               arrays are copied
     CPU                    in place with momentum, and with       the state taken first and returned
                            ``store="updates"``; a temporary       last: in place with momentum,
                            a parameter without, or in bfloat16    ``store="params"`` and no

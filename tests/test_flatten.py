@@ -5,6 +5,7 @@ nothing, or refused, or said here.
 """
 
 import functools
+import pathlib
 import re
 
 import chex
@@ -83,15 +84,25 @@ def test_what_a_mask_around_it_leaves_out_has_no_place_in_the_vector():
     assert state.inner_state.momentum.shape == (6,)
 
 
-def test_a_mask_inside_it_and_a_missing_gradient_are_refused():
-    tx = optax.flatten(optax.masked(dc.dcasgd(), jax.tree.map(lambda _: True, PARAMS)))
-    with pytest.raises(ValueError, match="structure"):
-        tx.init(PARAMS)
+INSIDE = {
+    "a mask": lambda: optax.masked(dc.dcasgd(), jax.tree.map(lambda _: True, PARAMS)),
+    "delays": lambda: dc.delay_gradients(FRESH, {"dense": 1, "frozen": 0}),
+    "multipliers": lambda: dc.mxnet.DCASGD(lr_mult={"dense": 1.0, "frozen": 0.5}),
+}
+
+
+@pytest.mark.parametrize("inner", INSIDE.values(), ids=INSIDE)
+def test_a_value_a_parameter_does_not_fit_the_vector(inner):
+    tx = optax.flatten(inner())
+    with pytest.raises(ValueError, match="prefix"):
+        tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+
+
+def test_a_missing_gradient_is_refused():
     tx = optax.flatten(dc.dcasgd())
+    grads = GRADS[0] | {"frozen": {**GRADS[0]["frozen"], "offset": None}}
     with pytest.raises(ValueError, match=r"updates has shape \(12,\).*parameter has shape \(13,\)"):
-        tx.update(
-            GRADS[0] | {"frozen": {**GRADS[0]["frozen"], "offset": None}}, tx.init(PARAMS), PARAMS
-        )
+        tx.update(grads, tx.init(PARAMS), PARAMS)
 
 
 # --- Dtypes ---
@@ -190,3 +201,13 @@ def test_on_an_auto_mesh_it_is_right_but_talks_at_every_step():
         actual, _ = advance(placed, state)
     assert_close(actual, step(tx, params, tx.init(params))[0])
     assert COLLECTIVE.search(advance.as_text())
+
+
+def test_the_programs_of_the_manual_run(capsys):
+    page = pathlib.Path(__file__).parents[1] / "docs" / "speed.md"
+    section = page.read_text().partition("\n## Many small arrays")[2].partition("\n## ")[0]
+    names = {}
+    for program in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(program, names)
+    assert capsys.readouterr().out == "(8,) (4, 8)\n"
+    assert set(names["tx"].init(mixed(PARAMS)).inner_states) == {"float32", "bfloat16"}
