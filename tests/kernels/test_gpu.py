@@ -1,9 +1,10 @@
 """On a real GPU: the kernel against XLA, and this library against NumPy and MXNet.
 
-pytest -m gpu tests/kernels/test_gpu.py
+pytest -m gpu -n 8 tests/kernels/test_gpu.py
 
-On a CPU the same functions run with XLA in place of the kernel, among the slow tests: so that they
-are right on the day that there is a GPU.
+Compiling is what takes time, so several processes share the GPU. On a CPU the same functions run
+with XLA in place of the kernel, among the slow tests: so that they are right on the day that there
+is a GPU.
 """
 
 import functools
@@ -32,14 +33,14 @@ from mxnet_cases import CASES, assert_follows, follow, make_optimizer
 
 from optax_dcasgd import add_delay_compensation, dcasgd, kernels, simulation
 
-# A case of every shape for each mode and form, the dtypes in turn.
+# A case of every shape for each mode and form, in two of the dtypes, in turn.
 ROTATING = {
     mode: [
-        Case(mode, shape, DTYPES[(i + 2 * step) % len(DTYPES)], step)
+        Case(mode, shape, DTYPES[(m + 2 * step + i % 2) % len(DTYPES)], step)
         for step in (False, True)
         for i, shape in enumerate(SHAPES)
     ]
-    for mode in MODES
+    for m, mode in enumerate(MODES)
 }
 
 
@@ -117,10 +118,11 @@ def test_all_shapes_together(cases, implementation):
 # --- Fifty steps ---
 
 
-def mixed_tree(number):
-    """Arrays of many sizes, from one number to more than a million, two in three float32."""
+def mixed_tree(number, repeats):
+    """Arrays of so many sizes, from one number to more than a million, two in three float32."""
     rng = np.random.default_rng(0)
-    sizes = [(1 << 20) + 3, *np.exp(rng.uniform(0, np.log(1 << 15), number)).astype(int)]
+    sizes = np.exp(rng.uniform(0, np.log(1 << 15), number)).astype(int)
+    sizes = [(1 << 20) + 2, (1 << 20) + 3, 1, *sizes] * repeats
     return {
         f"{i:03}": jnp.asarray(rng.normal(size=size), "bfloat16" if i % 3 == 2 else "float32")
         for i, size in enumerate(sizes)
@@ -143,7 +145,7 @@ def roundings(actual, expected):
 @each("settings", SETTINGS)
 def test_fifty_fused_steps_are_fifty_updates(settings, implementation):
     """And the same by XLA: from each state of one run, so that roundings do not add up."""
-    params = mixed_tree(150 if implementation == "pallas" else 6)
+    params = mixed_tree(*((30, 5) if implementation == "pallas" else (3, 1)))
     fused, update = (make(form, implementation=implementation, **settings) for form in FORMS)
     fused_by_xla, update_by_xla = (make(form, implementation="xla", **settings) for form in FORMS)
 
@@ -239,5 +241,6 @@ def test_a_simulated_run_is_that_of_numpy(form, implementation):
             simulation_cases.as_jax(simulation_cases.BATCHES),
             arrivals,
         )
-    simulation_cases.assert_close(result.params, versions[-1], 1e-4)
-    np.testing.assert_allclose(result.history.loss, losses, 1e-4)
+    # On a CPU 7e-5 and 1e-5, as roundings add up; a run of another λ is off by more than 0.1.
+    simulation_cases.assert_close(result.params, versions[-1], 1e-3)
+    np.testing.assert_allclose(result.history.loss, losses, 1e-3)
