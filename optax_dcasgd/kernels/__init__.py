@@ -30,16 +30,16 @@ The implementations:
 * `reference` is plain JAX, for XLA, and the default. XLA's TPU compiler makes one pass of it, in
   place, whatever the order of the results: a kernel could win nothing. On a CPU, XLA writes one
   array a pass; `reference.update` says how copies are avoided.
-* `mosaic_tpu` is a Pallas kernel on blocks of the two minor dimensions.
-* `mosaic_gpu` is one on every array as a row of numbers.
+* `mosaic_tpu` is a Pallas kernel an array, on blocks of the two minor dimensions.
+* `mosaic_gpu` is one for many arrays at a time, each as a row of numbers.
 * `pallas` has the table of kernels, a row a platform. Where there is none, it says why.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from optax_dcasgd import _arguments, _trees
 from optax_dcasgd._hyperparameters import Hyperparameters, cast
@@ -52,23 +52,33 @@ __all__ = ["IMPLEMENTATIONS", "Operands", "Results", "check_implementation", "up
 _update_by_xla = jax.jit(reference.update, static_argnames=("step", "fresh"))
 
 
-def _by_xla(operands: Operands, *args: Any, step: bool) -> Results:
-    fresh = operands.stale is operands.param
-    if fresh:
-        operands = operands._replace(stale=None)
-    out: Results = _update_by_xla(operands, *args, step=step, fresh=fresh)
-    return out
+def _by_xla(
+    arrays: Sequence[Operands], count: jax.Array, hyperparams: Hyperparameters, *, step: bool
+) -> list[Results]:
+    numbers = functools.cache(lambda dtype: cast(hyperparams, dtype))  # once, and not once an array
+
+    def one(operands: Operands) -> Results:
+        fresh = operands.stale is operands.param
+        if fresh:
+            operands = operands._replace(stale=None)
+        dtype = _trees.real_dtype(operands.dtype)
+        out: Results = _update_by_xla(operands, count, numbers(dtype), step=step, fresh=fresh)
+        return out
+
+    return [one(operands) for operands in arrays]
 
 
-def _by_pallas(operands: Operands, *args: Any, step: bool) -> Results:
+def _by_pallas(
+    arrays: Sequence[Operands], count: jax.Array, hyperparams: Hyperparameters, *, step: bool
+) -> list[Results]:
     from optax_dcasgd.kernels import pallas  # it takes long to import, and few need it
 
-    return pallas.update(operands, *args, step=step)
+    return pallas.update(arrays, count, cast(hyperparams, jnp.float32), step=step)
 
 
-# Each computes the update of one array: (operands, count, numbers, *, step) -> results.
-IMPLEMENTATIONS: dict[str | None, Callable[..., Results]] = {
-    None: _by_xla,  # no kernel has been measured to be faster yet
+# Each computes the update of a tree: (arrays, count, hyperparams, *, step) -> results.
+IMPLEMENTATIONS: dict[str | None, Callable[..., list[Results]]] = {
+    None: _by_xla,
     "xla": _by_xla,
     "pallas": _by_pallas,
 }
@@ -100,9 +110,4 @@ def update(
       NotImplementedError: If it is ``"pallas"``, for dtypes that the kernels do not compute in; or,
         when it is compiled, for a platform or a mesh that they do not run on.
     """
-    numbers = functools.cache(lambda dtype: cast(hyperparams, dtype))  # once, and not once an array
-    compute = IMPLEMENTATIONS[implementation]
-    return [
-        compute(operands, count, numbers(_trees.real_dtype(operands.dtype)), step=step)
-        for operands in arrays
-    ]
+    return IMPLEMENTATIONS[implementation](arrays, count, hyperparams, step=step)

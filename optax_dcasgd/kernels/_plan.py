@@ -41,7 +41,7 @@ class Plan:
         """The blocks to write, by their names in `results`, each in the dtype of its array.
 
         Args:
-          scalars: A reference to, or the vector `scalars`.
+          scalars: The numbers in `scalars`, or a reference to them.
           blocks: The blocks of the arrays in `read`.
         """
         numbers: Any = self._treedef.unflatten(

@@ -1,7 +1,7 @@
 """The table of Pallas kernels, and the choice where the program is lowered for a platform."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +21,8 @@ from optax_dcasgd.kernels.reference import Operands, Results
 class Kernel(NamedTuple):
     """The kernel of a platform, and what it cannot do."""
 
-    update: Callable[..., Results]
-    why_not: Callable[[Operands], str | None]  # for these arrays, known while tracing
+    update: Callable[..., list[Results]]  # of all arrays
+    why_not: Callable[[Operands], str | None]  # for this array, known while tracing
     why_not_here: Callable[[], str | None]  # on this machine, asked when the program is lowered
 
 
@@ -52,30 +52,47 @@ def _is_too_old() -> str | None:
     return None
 
 
+# Jitted, so that arrays of one shape are lowered once.
+_update_on_tpu = jax.jit(mosaic_tpu.update, static_argnames="step")
+
+
+def _each_on_tpu(arrays: Sequence[Operands], *args: Any, step: bool) -> list[Results]:
+    return [_update_on_tpu(operands, *args, step=step) for operands in arrays]
+
+
 KERNELS = {
-    "tpu": Kernel(mosaic_tpu.update, _why_not_on_tpu, lambda: None),
+    "tpu": Kernel(_each_on_tpu, _why_not_on_tpu, lambda: None),
     "cuda": Kernel(mosaic_gpu.update, _why_not_on_gpu, _is_too_old),
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def update(
-    operands: Operands, count: jax.Array, numbers: Hyperparameters, *, step: bool
-) -> Results:
-    """`reference.update` by the kernel of the platform.
+    arrays: Sequence[Operands], count: jax.Array, numbers: Hyperparameters, *, step: bool
+) -> list[Results]:
+    """`reference.update` of every array by the kernel of the platform.
 
     Raises:
       NotImplementedError: For an array of another dtype than float32, bfloat16 and float16; when
         the program is lowered, where the table of kernels has none, or none that can run, or for a
         mesh on which the compiler would have to partition one.
     """
-    operands = Operands(
-        *(None if x is None else jnp.asarray(x, _trees.dtype_of(x)) for x in operands)
-    )
-    for name, x in operands._asdict().items():
-        if x is not None and x.dtype not in _DTYPES:
-            raise _refused(f"the kernels compute in float32; {name} has dtype {x.dtype}")
-    return _per_shard(_DIFFERENTIABLE[step], operands, count, numbers)
+    arrays = [
+        Operands(*(None if x is None else jnp.asarray(x, _trees.dtype_of(x)) for x in operands))
+        for operands in arrays
+    ]
+    by_mesh: dict[Any, list[int]] = {}
+    for i, operands in enumerate(arrays):
+        for name, x in operands._asdict().items():
+            if x is not None and x.dtype not in _DTYPES:
+                raise _refused(f"the kernels compute in float32; {name} has dtype {x.dtype}")
+        by_mesh.setdefault(jax.typeof(operands.param).sharding.mesh, []).append(i)
+    new: dict[int, Results] = {}
+    for mesh, indices in by_mesh.items():
+        function = _per_shard(_DIFFERENTIABLE[step], mesh)
+        results = function([arrays[i] for i in indices], count, numbers)
+        new.update(zip(indices, results, strict=True))
+    return [new[i] for i in range(len(arrays))]
 
 
 def _refused(reason: str) -> NotImplementedError:
@@ -85,60 +102,73 @@ def _refused(reason: str) -> NotImplementedError:
     )
 
 
-def _per_shard(function: Callable[..., Results], operands: Operands, *scalars: Any) -> Results:
-    """Calls the function on the shards of a parameter that an Explicit mesh holds."""
-    sharding = jax.typeof(operands.param).sharding
-    axis_types = sharding.mesh.axis_types
-    if AxisType.Explicit not in axis_types:
-        return function(operands, *scalars)
-    if AxisType.Auto in axis_types:  # the type does not say how those shard it
+def _per_shard(function: Callable[..., list[Results]], mesh: Any) -> Callable[..., list[Results]]:
+    """The function; where the mesh is Explicit, of the shards of the arrays."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return function
+    if AxisType.Auto in mesh.axis_types:  # the type does not say how those shard it
         raise _refused(_NO_PARTITIONING)
-    return jax.shard_map(
-        function,
-        mesh=sharding.mesh,
-        in_specs=(sharding.spec, *(P() for _ in scalars)),
-        out_specs=sharding.spec,
-        check_vma=False,
-    )(operands, *scalars)
+
+    def per_shard(arrays: Sequence[Operands], *scalars: Any) -> list[Results]:
+        specs = [jax.typeof(operands.param).sharding.spec for operands in arrays]
+        out: list[Results] = jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(specs, *(P() for _ in scalars)),
+            out_specs=specs,
+            check_vma=False,
+        )(arrays, *scalars)
+        return out
+
+    return per_shard
 
 
-def _differentiable(step: bool) -> Callable[..., Results]:
+def _differentiable(step: bool) -> Callable[..., list[Results]]:
     """The kernels with the derivative of the reference; under ``vmap`` one member after another."""
-    by_xla = functools.partial(reference.update, step=step)
+
+    def by_xla(arrays: Sequence[Operands], *args: Any) -> list[Results]:
+        return [reference.update(operands, *args, step=step) for operands in arrays]
+
     by_kernel = functools.partial(_per_platform, step=step)
     function = jax.custom_jvp(jax.custom_batching.sequential_vmap(by_kernel))
     function.defjvp(lambda primals, tangents: jax.jvp(by_xla, primals, tangents))
     return function
 
 
-# Jitted, so that arrays of one shape are lowered once, and calls outside `jit` compile once.
+# Jitted, so that calls outside `jit` compile once.
 @functools.partial(jax.jit, static_argnames="step")
 def _per_platform(
-    operands: Operands, count: jax.Array, numbers: Hyperparameters, *, step: bool
-) -> Results:
+    arrays: Sequence[Operands], count: jax.Array, numbers: Hyperparameters, *, step: bool
+) -> list[Results]:
     def branch(
-        compute: Callable[..., Results], why_not: Callable[[Any], str | None]
-    ) -> Callable[..., Results]:
-        def function(operands: Operands, count: jax.Array, numbers: Hyperparameters) -> Results:
-            return compute(operands, _unless_p.bind(count, why_not=why_not), numbers, step=step)
+        compute: Callable[..., list[Results]], why_not: Callable[[Any], str | None]
+    ) -> Callable[..., list[Results]]:
+        def function(
+            arrays: Sequence[Operands], count: jax.Array, numbers: Hyperparameters
+        ) -> list[Results]:
+            return compute(arrays, _unless_p.bind(count, why_not=why_not), numbers, step=step)
 
         return function
 
-    def branch_of(kernel: Kernel) -> Callable[..., Results]:
-        reason = kernel.why_not(operands)
-        if reason:  # the kernel cannot be traced; what stands here instead is never lowered
-            return branch(reference.update, lambda _: reason)
+    def never(arrays: Sequence[Operands], *args: Any, step: bool) -> list[Results]:
+        """Has the results' types, and is never lowered."""
+        return [reference.update(operands, *args, step=step) for operands in arrays]
+
+    def branch_of(kernel: Kernel) -> Callable[..., list[Results]]:
+        reason = next(filter(None, map(kernel.why_not, arrays)), None)
+        if reason:  # the kernel cannot be traced
+            return branch(never, lambda _: reason)
         return branch(kernel.update, lambda ctx: _needs_partitioning(ctx) or kernel.why_not_here())
 
     def no_kernel(ctx: Any) -> str:
         platforms = "/".join(ctx.module_context.platforms)
         return f"there is no kernel for the platform {platforms}, only for TPUs and NVIDIA GPUs"
 
-    out: Results = lax.platform_dependent(
-        operands,
+    out: list[Results] = lax.platform_dependent(
+        arrays,
         count,
         numbers,
-        default=branch(reference.update, no_kernel),
+        default=branch(never, no_kernel),
         **{platform: branch_of(kernel) for platform, kernel in KERNELS.items()},
     )
     return out

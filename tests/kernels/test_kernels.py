@@ -4,13 +4,27 @@ import functools
 
 import jax
 import kernel_cases
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_cases import ALL, EACH_DTYPE, EACH_MODE, EACH_SHAPE, MODES, SHAPES_WITH_NUMBERS, Case
+from kernel_cases import (
+    ALL,
+    DTYPES,
+    EACH_DTYPE,
+    EACH_MODE,
+    EACH_SHAPE,
+    MODES,
+    SHAPES,
+    SHAPES_WITH_NUMBERS,
+    Case,
+    arguments,
+    assert_same,
+)
 
-from optax_dcasgd.kernels import mosaic_gpu, mosaic_tpu
+from optax_dcasgd.kernels import mosaic_gpu, mosaic_tpu, reference
 
 # Shapes of several small blocks, with less at the ends; and of several blocks of full size.
 SMALL, FULL = [(5000,), (40, 1100), (5, 3, 130)], [(300, 1100), (400_000,)]
@@ -49,23 +63,78 @@ class TestMosaicTPU(EveryCase):
         kernel_cases.check(self.kernel, [Case(mode, shape) for shape in BLOCKS[mode][1]])
 
 
-class TestMosaicGPU(EveryCase):
-    kernel = staticmethod(functools.partial(mosaic_gpu.update, interpret=InterpretGPUParams()))
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`mosaic_gpu.update` in its interpreter, which before JAX 0.12 lacks what the compiler has.
 
-    @pytest.fixture(autouse=True)
-    def mend_the_interpreter_of_jax_0_10(self, monkeypatch):
-        """Its compiler needs none of this.
-
-        A reference without a memory space is in global memory, and where numbers lie in the
-        registers of the threads changes nothing of their values.
-        """
-        if jax.__version_info__ >= (0, 11):
-            return
+    Of its values nothing changes: where numbers lie in the registers of the threads, and that a
+    reference without a memory space is in global memory.
+    """
+    if jax.__version_info__ < (0, 12):
+        monkeypatch.setattr(mosaic_gpu, "_load", lambda ref, at, layout: ref[at])
+    if jax.__version_info__ < (0, 11):
         is_global = gpu_callbacks.is_gmem_memory_space
         monkeypatch.setattr(
             gpu_callbacks, "is_gmem_memory_space", lambda space: space is None or is_global(space)
         )
-        monkeypatch.setattr(plgpu, "layout_cast", lambda x, _: x)
+    launch = mosaic_gpu._launch
+    launch.clear_cache()  # of traces with the compiler's
+    yield functools.partial(mosaic_gpu.update, interpret=InterpretGPUParams())
+    launch.clear_cache()
+
+
+class TestMosaicGPU(EveryCase):
+    @pytest.fixture(autouse=True)
+    def one_array(self, interpreted):
+        self.kernel = lambda operands, *args, step: interpreted([operands], *args, step=step)[0]
+
+
+# Whole pieces; ends of one kind and of another; one number; none; and dtypes in turn.
+MIXED = [Case("stored, DC-a, clip", s, DTYPES[i % 3]) for i, s in enumerate([*SHAPES, (5000,)])]
+
+
+@pytest.mark.parametrize(
+    ("cases", "arrays", "launches"),
+    [
+        (MIXED, 128, 3),  # one a dtype
+        (MIXED, 2, 6),
+        ([Case("updates", (130,))] * 5 + [Case("updates", (7,))] * 4, 4, 4),  # 2 + 1, three times
+    ],
+    ids=["mixed", "more than a launch takes", "equal launches"],
+)
+def test_many_arrays_on_a_gpu(cases, arrays, launches, interpreted, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "ARRAYS", arrays)
+    launched, launch = [], mosaic_gpu._launch
+    monkeypatch.setattr(
+        mosaic_gpu, "_launch", lambda some, *a, **k: launched.append(some) or launch(some, *a, **k)
+    )
+    args = [arguments(MODES[case.mode], case.shape, *case.dtypes) for case in cases]
+    operands, (_, count, numbers) = [a[0] for a in args], args[0]
+
+    @jax.jit
+    def run(operands):
+        expected = [reference.update(x, count, numbers, step=True) for x in operands]
+        return interpreted(operands, count, numbers, step=True), expected
+
+    for case, array, actual, expected in zip(cases, operands, *run(operands), strict=True):
+        assert_same(actual, expected, array.param, case)
+    assert len(launched) == launches
+
+
+@given(st.lists(st.integers(1, 5 * mosaic_gpu.PIECE), min_size=1, max_size=9))
+def test_each_number_is_the_work_of_one_block(sizes):
+    done = [np.full(size, -1) for size in sizes]
+    blocks = []
+    for work in mosaic_gpu._share_out(sizes):
+        for k in range(work.blocks):
+            blocks.append(work.first + k)
+            for start in work.starts:
+                numbers = done[work.array][start + k * work.length :][: work.length]
+                assert len(numbers) == work.length
+                assert set(numbers) <= {-1, blocks[-1]}
+                numbers[:] = blocks[-1]
+    assert blocks == list(range(len(blocks)))
+    assert all(np.all(x >= 0) for x in done)
 
 
 @pytest.mark.parametrize(

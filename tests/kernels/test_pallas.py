@@ -148,26 +148,36 @@ def test_a_gpu_before_hopper_is_refused(monkeypatch):
 # --- The program for a GPU ---
 
 
-def lower_kernels(cases):
+def launches(lowering):
+    """How often a program calls each of its kernels."""
+    calls = re.findall(r"call @(_launch\w*)\(", lowering.as_text())
+    return sorted(map(calls.count, set(calls)))
+
+
+def assert_lowers(cases):
     """All in one program."""
     args = [arguments(MODES[case.mode], (5000,), *case.dtypes) for case in cases]
 
     def run(args):
-        return [mosaic_gpu.update(*a, step=case.step) for a, case in zip(args, cases, strict=True)]
+        return [
+            mosaic_gpu.update([operands], *a, step=case.step)
+            for (operands, *a), case in zip(args, cases, strict=True)
+        ]
 
-    return custom_calls(jax.jit(run).trace(args).lower(lowering_platforms=("cuda",)))
+    lowering = jax.jit(run).trace(args).lower(lowering_platforms=("cuda",))
+    assert sum(launches(lowering)) == len(cases)
+    assert set(custom_calls(lowering)) == {GPU}
 
 
 @pytest.mark.parametrize("cases", [EACH_MODE, EACH_DTYPE], ids=["mode", "dtype"])
 def test_the_gpu_kernel_lowers(cases):
-    assert lower_kernels(cases) == [GPU] * len(cases)
+    assert_lowers(cases)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_gpu_kernel_lowers_for_all_dtypes(mode):
-    cases = [case for case in ALL if case.mode == mode]
-    assert lower_kernels(cases) == [GPU] * len(cases)
+    assert_lowers([case for case in ALL if case.mode == mode])
 
 
 def test_the_gpu_kernel_writes_over_what_it_replaces():
@@ -184,13 +194,32 @@ def test_the_gpu_kernel_writes_over_what_it_replaces():
     assert len({operand for _, operand in aliases}) == 3
 
 
-def test_arrays_of_one_shape_share_a_kernel():
-    tx = make("dcasgd", implementation="pallas")
-    params = [jnp.ones((40, 50))] * 6 + [jnp.ones(5000)] * 3
-    lowering = jax.jit(tx.update).trace(params, tx.init(params), params)
+@pytest.mark.parametrize("store", ["params", "updates"])
+def test_400_arrays_take_five_launches_of_two_kernels(store):
+    layer = [(32,)] * 5 + [(32, 32)] * 4 + [(128,)] + [(32, 128)] * 2
+    params = [jnp.ones(shape) for shape in layer * 33 + [(1024, 32), (256, 32), (32,), (32,)]]
+    tx = make("fused_dcasgd", implementation="pallas", store=store)
+    lowering = jax.jit(tx.step).trace(params, tx.init(params), params)
     lowering = lowering.lower(lowering_platforms=("cuda",))
     assert custom_calls(lowering) == [GPU] * 2
-    assert len(re.findall(r"call @_per_platform", lowering.as_text())) == 9
+    assert launches(lowering) == [1, 4]
+
+
+@pytest.mark.parametrize(("size", "waits"), [(1024, False), (128, False), (64, True), (129, True)])
+def test_threads_wait_where_they_have_numbers_in_common(size, waits):
+    args = arguments(MODES["updates"], (size,))
+    step = jax.jit(lambda operands, *args: mosaic_gpu.update([operands], *args, step=True))
+    kernel = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("bar.sync" in kernel) is waits
+
+
+def test_arrays_of_one_shape_share_a_kernel_on_a_tpu():
+    tx = make("dcasgd", implementation="pallas")
+    params = [jnp.ones((16, 1024))] * 6 + [jnp.ones((8, 128))] * 3
+    lowering = jax.jit(tx.update).trace(params, tx.init(params), params)
+    lowering = lowering.lower(lowering_platforms=("tpu",))
+    assert custom_calls(lowering) == [TPU] * 2
+    assert len(re.findall(r"call @update", lowering.as_text())) == 9
 
 
 def test_an_explicit_mesh_runs_the_kernel_on_each_shard():
