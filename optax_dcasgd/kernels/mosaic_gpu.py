@@ -31,7 +31,9 @@ from optax_dcasgd.kernels import reference
 from optax_dcasgd.kernels._plan import Plan
 from optax_dcasgd.kernels.reference import Operands, Results
 
-ARRAYS = 128  # of one launch; with many more of them, the compiler runs out of registers
+# Of one launch. Their addresses fit into 4 KiB of arguments, which every CUDA takes. Twice as many
+# take twice as long to compile, and with four times as many the compiler runs out of registers.
+ARRAYS = 64
 PIECE = 1024  # numbers a block of threads takes: two loads of each array in flight a thread
 _BRANCHES = 32  # of one switch; JAX's time to trace one grows with their square
 _THREADS = 128  # of a block

@@ -96,7 +96,7 @@ MIXED = [Case("stored, DC-a, clip", s, DTYPES[i % 3]) for i, s in enumerate([*SH
 @pytest.mark.parametrize(
     ("cases", "arrays", "launches"),
     [
-        (MIXED, 128, 3),  # one a dtype
+        (MIXED, 64, 3),  # one a dtype
         (MIXED, 2, 6),
         ([Case("updates", (130,))] * 5 + [Case("updates", (7,))] * 4, 4, 4),  # 2 + 1, three times
     ],
