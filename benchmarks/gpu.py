@@ -188,38 +188,49 @@ def measure(
 
 
 def table(result: dict) -> str:
-    """The result as Markdown: a table for each case and way."""
+    """The result as Markdown: a table for each way, a column for each case."""
     lines = [f"{result['machine']}; {'; '.join(result['software'])}"]
     if result["small"]:
         lines.append("Small sizes: these figures try the script and measure nothing.")
     copies = [row["GB_per_s"] for row in result["rows"] if row["contender"] == COPY]
-    groups: dict[tuple, list] = {}
-    for row in result["rows"]:
-        groups.setdefault((row["case"], row["dtype"], row["way"]), []).append(row)
-    for (case, dtype, way), rows in groups.items():
-        lines += ["", f"{case}, {dtype}, {way}:", ""]
-        lines += ["| | ms | times `optax.sgd` | GB/s | of a copy | kernels | temporaries, MB |"]
-        lines += ["|---" * 7 + "|"]
-        for row in rows:
-            share = f"{row['GB_per_s'] / copies[0]:.0%}" if copies else "–"
-            ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
-            kernels = row.get("kernels", "–")
-            temporaries = row.get("temporary_bytes")
-            megabytes = "–" if temporaries is None else f"{temporaries / 1e6:.1f}"
-            lines.append(
-                f"| `{row['contender']}` | {row['median_ms']:.3f} | {ratio} | "
-                f"{row['GB_per_s']:,.0f} | {share} | {kernels} | {megabytes} |"
-            )
-    for row in result["rows"]:
-        if "compile_s" in row:
-            lines.append(
-                f"\nCompiling {row['case']}, `{row['contender']}`: {row['compile_s']:.1f} s."
-            )
+    if copies:
+        lines.append(f"A copy moves {copies[0]:,.0f} GB/s.")
+    for way in (LOOP, CALL):
+        rows = [row for row in result["rows"] if row["way"] == way and row["contender"] != COPY]
+        columns = list(dict.fromkeys((row["case"], row["dtype"]) for row in rows))
+        if not rows:
+            continue
+        titles = " | ".join(f"{case}, {dtype}" for case, dtype in columns)
+        lines += ["", f"{way[0].upper()}{way[1:]}, ms:", ""]
+        lines += [f"| | {titles} |", "|---" * (1 + len(columns)) + "|"]
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            found = {(r["case"], r["dtype"]): r for r in rows if r["contender"] == name}
+            cells = [cell(found.get(column), copies) for column in columns]
+            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    compiled = [
+        f"{row['case']}, `{row['contender']}`: {row['compile_s']:.1f} s"
+        for row in result["rows"]
+        if "compile_s" in row
+    ]
+    if compiled:
+        lines.append(f"\nXLA's compilation of one call: {'; '.join(compiled)}.")
     reasons: dict[str, list[str]] = {}
     for what, reason in result["left_out"].items():
         reasons.setdefault(reason, []).append(what)
     lines += [f"\nLeft out ({reason}): {'; '.join(names)}" for reason, names in reasons.items()]
     return "\n".join(lines)
+
+
+def cell(row: dict | None, copies: list[float]) -> str:
+    """Milliseconds; in a loop also the share of a copy's bandwidth and the kernels of a step."""
+    if row is None:
+        return "–"
+    text = f"{row['median_ms']:.3f}"
+    if row["way"] == LOOP:
+        notes = [f"{row['GB_per_s'] / copies[0]:.0%}"] if copies else []
+        notes += [f"{row['kernels']} kernels"] if row.get("kernels") else []
+        text += f" ({', '.join(notes)})" if notes else ""
+    return text
 
 
 def driver() -> str:
@@ -258,7 +269,7 @@ def main() -> None:
     small = args.quick or device.platform != "gpu"
     torch = worker.result()
     result: dict[str, Any] = {
-        "command": "python benchmarks/gpu.py" + " --quick" * args.quick,
+        "command": " ".join(["python benchmarks/gpu.py", *sys.argv[1:]]),
         "machine": f"{device.device_kind}, {driver()}; {machine()}",
         "software": [f"JAX {jax.__version__}, Optax {optax.__version__}, {device.platform}"]
         + ([torch.description] if torch else []),

@@ -66,8 +66,9 @@ def one_push_each(staleness):
 def arrivals(*, all_present=False):
     """Four workers, one slow; one that stops and one that joins unless all are to be present."""
     absence = {} if all_present else {"start": {2: 4.0}, "stop": {3: 5.0}}
-    key = jax.random.key(3)
-    return simulation.arrivals(key, NUM_WORKERS, NUM_UPDATES, slowdown={1: 3.0}, **absence)
+    with jax.ensure_compile_time_eval():  # whoever asks first may be inside a transformation
+        key = jax.random.key(3)
+        return simulation.arrivals(key, NUM_WORKERS, NUM_UPDATES, slowdown={1: 3.0}, **absence)
 
 
 def as_jax(tree):

@@ -97,7 +97,7 @@ MIXED = [Case("stored, DC-a, clip", s, DTYPES[i % 3]) for i, s in enumerate([*SH
     ("cases", "arrays", "launches"),
     [
         (MIXED, 64, 3),  # one a dtype
-        (MIXED, 2, 6),
+        (MIXED, 2, 7),  # 2, 2 and, with two of one size, 3
         ([Case("updates", (130,))] * 5 + [Case("updates", (7,))] * 4, 4, 4),  # 2 + 1, three times
     ],
     ids=["mixed", "more than a launch takes", "equal launches"],
