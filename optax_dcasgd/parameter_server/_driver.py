@@ -251,8 +251,10 @@ class Driver:
         if 0 < len(self._took_part) < self._wished:  # 0 if there was nothing left to do
             _log.warning("%d of %d workers took part.", len(self._took_part), self._wished)
         history = _history.to_columns(rows)
-        is_async = self._options.mode == "async"
-        arrivals = _history.to_arrivals(history, self._options.num_workers) if is_async else None
+        in_rounds, arrivals = self._options.local_steps is not None, None
+        if self._options.mode == "async":
+            num_workers = self._options.num_workers
+            arrivals = _history.to_arrivals(history, num_workers, in_rounds=in_rounds)
         result = Result(
             from_raw(self._like[0], params),
             from_raw(self._like[1], state),

@@ -3,6 +3,7 @@
 import dataclasses
 
 from optax_dcasgd.parameter_server._fingerprint import Fingerprint
+from optax_dcasgd.parameter_server._local_steps import LocalSteps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,5 +21,10 @@ class Options:
     max_bad_pushes: int
     name: str | None
     signature: list[str]
+    local_steps: LocalSteps | None = None
     fingerprint: Fingerprint = dataclasses.field(default_factory=dict)
     lock: str | None = None  # the token of `_lock.held`
+
+    def num_steps(self, worker: int) -> int | None:
+        """How many batches a worker takes at a time; None for one, which is not a round."""
+        return None if self.local_steps is None else self.local_steps(worker)

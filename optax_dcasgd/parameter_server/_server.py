@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
-from optax_dcasgd.parameter_server._book import Book, Pull, Push
+from optax_dcasgd.parameter_server._book import Book, Pull, Push, mean_of
 from optax_dcasgd.parameter_server._calls import Calls, Gone, Lost, News, Ready
 from optax_dcasgd.parameter_server._history import Event
 from optax_dcasgd.parameter_server._options import Options
@@ -158,8 +158,9 @@ class Server:
                 return
             version = self._publish()
             is_alone = self._roster.occupy(index)
-            batch = self._book.pull(index, version, is_alone=is_alone)
-            self._calls.send(index, batch, version.message)
+            num_steps = self._options.num_steps(index)
+            task = self._book.pull(index, version, is_alone=is_alone, num_steps=num_steps)
+            self._calls.send(index, task, version.message)
 
     def _publish(self) -> Version:
         """The newest parameters, which are packed once however many workers get them."""
@@ -238,7 +239,7 @@ class Server:
         staleness = version - pull.version.number
         if limit is not None and staleness > limit:
             self._book.drop(pull)
-            message = f"staleness {staleness} > max_staleness={limit} (batch {pull.batch})"
+            message = f"staleness {staleness} > max_staleness={limit} ({pull.task})"
             self._record.event("dropped", pull.worker, message)
             return
         self._took_part.add(pull.worker)
@@ -265,13 +266,7 @@ class Server:
         self._to_apply = [Gradient(push.packed, push.pull.version, 0, 0) for push in pushes]
         self._update.apply_mean(self._to_apply)
         self._to_apply = []
-        mean = Push(
-            pushes[0].pull._replace(worker=0),
-            float(np.mean([push.loss for push in pushes])),
-            max(push.seconds for push in pushes),
-            b"",
-        )
-        self._count(mean, 0, np.nan)
+        self._count(mean_of(pushes), 0, np.nan)
 
     def _count(self, push: Push, staleness: int, compensation: float) -> None:
         """Records an update, and writes a checkpoint if one is due."""

@@ -30,10 +30,10 @@ def arrivals(
 
     Only computing takes time. The k-th gradient of worker i takes
     ``slowdown[i] * compute_time(jax.random.fold_in(jax.random.fold_in(key, i), k))`` seconds
-    (times ``local_steps[i]``), k = 0, 1, …, whatever the other workers do. Pushes of the same moment are applied in the order
-    of the workers' indices. Where this matters, let the times be whole numbers: sums of others are
-    rounded, so that equal times may differ. Each call compiles anew. To make many, call it inside
-    ``jax.jit``.
+    (times ``local_steps[i]``), k = 0, 1, …, whatever the other workers do. Pushes of the same
+    moment are applied in the order of the workers' indices. Where this matters, let the times be
+    whole numbers: sums of others are rounded, so that equal times may differ. Each call compiles
+    anew. To make many, call it inside ``jax.jit``.
 
     Args:
       key: A JAX random key.
