@@ -163,6 +163,8 @@ def check_grad_fn(
     Without this, a wrong ``grad_fn`` shows as an error of the scan around it. ``num_steps`` are
     those of all rounds, if the batches come in rounds.
     """
+    is_known = num_steps is not None and not isinstance(num_steps, jax.core.Tracer)
+    most = int(np.asarray(num_steps).max()) if is_known else None
 
     def first(params: Any, data: Any, key: Any, one: Any) -> Any:
         try:
@@ -173,8 +175,8 @@ def check_grad_fn(
                 "arrays of JAX but no list and no array of NumPy. Of a list make arrays, "
                 "jax.tree.map(lambda *x: jnp.stack(x), *batches)."
             ) from error
-        if num_steps is not None and not isinstance(num_steps, jax.core.Tracer):
-            check_round(batch.batches, int(np.max(num_steps)))
+        if most is not None:
+            check_round(batch.batches, most)
         return grad_fn(params, batch, key)
 
     data = None if callable(batches) else batches

@@ -220,7 +220,20 @@ def test_the_code_of_the_page_on_local_steps_runs():
     """But for the lines that are shown for Ray and for several devices."""
     names = {}
     for block in blocks("docs/local_steps.md"):
-        if "simulation.run" in block:
+        if "simulation.run" in block and "parameter_server" not in block:
             run(block, names)
             assert 0 < names["result"].history.loss[-1] < 1e-6 * names["result"].history.loss[0]
-    assert int(names["used"].sum()) > int(names["first"][-1]) > 600
+    assert int(names["arrivals"].batch[-1]) > 600 * 4
+
+
+@pytest.mark.ray
+def test_the_code_of_the_page_on_local_steps_runs_on_ray():
+    """With the same parameters in the simulator, as the page says."""
+    names = {"__name__": "__main__"}  # so that functions are sent to the workers by value
+    for block in blocks("docs/local_steps.md"):
+        if "simulation.run" in block or "parameter_server" in block:
+            run(block, names)
+            assert 0 < names["result"].history.loss[-1] < 1e-6 * names["result"].history.loss[0]
+    found, replayed = (names[name].params["w"] for name in ("result", "replayed"))
+    np.testing.assert_allclose(found, replayed, 1e-6)
+    assert set(names["result"].history.num_steps.tolist()) == {4, 16}
