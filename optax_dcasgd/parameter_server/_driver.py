@@ -251,7 +251,7 @@ class Driver:
         if 0 < len(self._took_part) < self._wished:  # 0 if there was nothing left to do
             _log.warning("%d of %d workers took part.", len(self._took_part), self._wished)
         history = _history.to_columns(rows)
-        in_rounds, arrivals = self._options.local_steps is not None, None
+        in_rounds, arrivals = self._options.local_steps.given is not None, None
         if self._options.mode == "async":
             num_workers = self._options.num_workers
             arrivals = _history.to_arrivals(history, num_workers, in_rounds=in_rounds)

@@ -21,10 +21,6 @@ class Options:
     max_bad_pushes: int
     name: str | None
     signature: list[str]
-    local_steps: LocalSteps | None = None
+    local_steps: LocalSteps = dataclasses.field(default_factory=lambda: LocalSteps(None))
     fingerprint: Fingerprint = dataclasses.field(default_factory=dict)
     lock: str | None = None  # the token of `_lock.held`
-
-    def num_steps(self, worker: int) -> int | None:
-        """How many batches a worker takes at a time; None for one, which is not a round."""
-        return None if self.local_steps is None else self.local_steps(worker)

@@ -56,7 +56,7 @@ class Server:
         options: Options,
         workers: dict[int, Any],
     ):
-        self._options = options
+        self._options, self._local_steps = options, options.local_steps
         self._update = Update(tx, params, layouts)
         self._book = Book(options.max_staleness if options.on_stale == "wait" else None)
         self._record = Record(options.num_updates, options.name)
@@ -114,6 +114,7 @@ class Server:
         retired = self._roster.retire()
         for index in retired:
             self._calls.stop(index)
+            self._local_steps.forget(index)
         gone, self._gone = self._gone, []
         # Of a new number of workers the driver has yet to hear, and makes those that there are not.
         if (
@@ -158,7 +159,7 @@ class Server:
                 return
             version = self._publish()
             is_alone = self._roster.occupy(index)
-            num_steps = self._options.num_steps(index)
+            num_steps = self._local_steps(index)
             task = self._book.pull(index, version, is_alone=is_alone, num_steps=num_steps)
             self._calls.send(index, task, version.message)
 
@@ -174,7 +175,9 @@ class Server:
     def _receive(self, index: int, news: News) -> None:
         match news:
             case Computed(loss, seconds, packed):
-                self._book.push(Push(self._book.answered(index), loss, seconds, packed))
+                pull = self._book.answered(index)
+                self._book.push(Push(pull, loss, seconds, packed))
+                self._local_steps.took(index, pull.task.num_steps, seconds)
             case Refused(reason, not_finite):
                 self._refuse(self._book.answered(index), reason, not_finite)
             case Ready():
@@ -194,6 +197,7 @@ class Server:
 
     def _give_to_another(self, index: int) -> None:
         """What a lost worker was to compute."""
+        self._local_steps.forget(index)
         if (refused := self._book.lost(index, self._roster.num_workers)) is not None:
             self._refuse(*refused)
 

@@ -88,13 +88,15 @@ def train(
         three more evaluations of the optimizer; None for never.
       max_bad_pushes: How many gradients may be refused, since training was begun or resumed, before
         it stops.
-      local_steps: For a ``grad_fn`` by `local_updates`, if workers are to take unequal numbers of
-        steps: M integers, or a function from a worker's index to its number. A worker that is
-        given n takes the next n batches, from number ``first`` on: ``batches`` is then a function
+      local_steps: For a ``grad_fn`` by `local_updates`, how many batches a worker takes at a time,
+        if that is not to be the same for all. One integer: as many as the fastest takes; the others
+        take fewer, by the time that a batch takes them, so that all push equally often; one that
+        is new, or was lost, takes one at first. M integers, one a worker; a worker that `resize`
+        adds takes the least of them. Or a function from a worker's index to its number. A worker of
+        n takes the next n batches, from number ``first`` on. ``batches`` is then a function
         ``(first, num_steps) -> stack`` of as many batches as the longest round has, along a new
         leading axis, of which the first ``num_steps`` are used; ``grad_fn`` gets them as
         `LocalBatches`, and ``fold_in(key, first)``. A lost round goes to another worker as it is.
-        A worker that `resize` adds takes the least of M integers.
       name: A name for the run, by which `resize` finds it and metrics are tagged.
       address: Of a running Ray cluster, as in ``ray.init``: "auto" on one of its nodes. Without it,
         without the environment's RAY_ADDRESS, and if Ray is not initialised, Ray is started on this
@@ -182,15 +184,16 @@ def train(
     _checks.check_arrays("params", params, _checks.OF_EQUINOX)
     params = _trees.copy(params)
     local_steps = _local_steps.check(local_steps, num_workers)
-    check_batches(batches, None, in_rounds=local_steps is not None)
+    in_rounds = (most := local_steps.most(num_workers)) is not None
+    check_batches(batches, None, in_rounds=in_rounds)
     if not callable(batches):
         batches = jax.tree.map(to_host, batches)
     _cluster.import_ray()
     # The shortest round, whose batch 0 is compared with that of other runs.
-    first = Task(0, None if local_steps is None else 1)
+    first = Task(0, 1 if in_rounds else None)
     batch = get_batch(batches, first)
-    if local_steps is not None:
-        _check_rounds(batches, batch, max(map(local_steps, range(num_workers))))
+    if in_rounds:
+        _check_rounds(batches, batch, most)
     returned = jax.eval_shape(grad_fn, params, batch, key)
     check_returned(returned, params)
     of_grads = Layout(returned[1])
@@ -215,7 +218,7 @@ def train(
     )
 
     # The rows of a history are of one kind.
-    signature = [f"mode: {mode}", f"local_steps: {'no' if local_steps is None else 'given'}"]
+    signature = [f"mode: {mode}", f"local_steps: {'given' if in_rounds else 'no'}"]
     signature += _checkpoint.signature(params=params, state=state_like)
     claimed = _checkpoint.claimed(checkpoint_dir, signature, resume=resume, num_updates=num_updates)
     with claimed as (checkpoint_dir, lock):

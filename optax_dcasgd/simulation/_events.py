@@ -49,7 +49,9 @@ def arrivals(
       stop: When a worker stops, in seconds. The gradient that it computes then is lost. M numbers,
         or a mapping. By default inf. At least one worker must be present from 0 to inf.
       local_steps: How many batches a worker takes for a push, with `local_updates`: M integers of
-        at least 1, or a mapping (by default 1); None for one batch a push.
+        at least 1, or a mapping (by default 1). Or one integer, for the fastest worker; the others
+        take fewer, by their ``slowdown``, so that all push equally often. None for one batch a
+        push.
 
     Returns:
       The arrivals, with the barrier times of synchronous training with the same compute times.
@@ -88,7 +90,11 @@ def arrivals(
     start = _per_worker("start", start, num_workers, 0.0)
     stop = _per_worker("stop", stop, num_workers, np.inf)
     _check_presence(slowdown, start, stop)
-    steps = _per_worker("local_steps", local_steps, num_workers, 1.0)
+    if isinstance(local_steps, int | np.integer):
+        _arguments.check_integer("local_steps", local_steps, minimum=1)
+        steps = (local_steps * slowdown.min() / slowdown).round().clip(1)
+    else:
+        steps = _per_worker("local_steps", local_steps, num_workers, 1.0)
     if isinstance(steps, np.ndarray) and not np.all((steps >= 1) & (steps == np.rint(steps))):
         raise ValueError(f"local_steps must be integers of at least 1; got {local_steps}.")
     slowdown = slowdown * steps

@@ -1,5 +1,6 @@
 """Rounds of unequal size on a server without Ray, whose workers answer in an order made up here."""
 
+import collections
 from unittest import mock
 
 import chex
@@ -30,6 +31,7 @@ class Calls:
 
     def __init__(self, worker, lose_after):
         self.worker, self.lose_after, self.lost = worker, lose_after, {}
+        self.seconds = (0.1, 0.2, 0.4)  # that a batch takes a worker
         self.rng, self.tasks, self.sent, self.back = np.random.default_rng(0), {}, [], []
 
     def start(self, index, actor):
@@ -50,7 +52,8 @@ class Calls:
             self.lost[index] = task
             self.back.append(index)
             return [(index, _calls.Lost("killed"))]
-        return [(index, self.worker.gradient(*task, message))]
+        seconds = task.num_steps * self.seconds[index]
+        return [(index, self.worker.gradient(*task, message)._replace(seconds=seconds))]
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,39 @@ def test_a_synchronous_update_is_the_mean_of_unequal_rounds(start):
     chex.assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_workers_take_as_many_as_they_have_time_for(start):
+    """The fastest four. Who is not known, at first or after a loss, takes one, and does not count.
+
+    Each worker is lost once over its first task after 30 (plus 10 times its number).
+    """
+    server, calls = start(80, lose_after=30, local_steps=_local_steps.check(4, 3))
+    assert server.advance(60.0).version == 80
+    again = {*calls.lost.values()}
+    taken = [[task.num_steps for i, task in calls.sent if i == j] for j in range(3)]
+    assert [each[0] for each in taken] == [1, 1, 1]
+    known = [each[-5:] for each in taken]
+    assert known == [[4] * 5, [2] * 5, [1] * 5]
+    # While the fastest is not known, the next one is the fastest.
+    assert {task.num_steps for i, task in calls.sent if i == 1 and task not in again} == {1, 2, 4}
+    rows = server.result()[2]
+    assert max(collections.Counter(numbers(rows["batch"], rows["num_steps"])).values()) == 1
+
+
+def test_the_last_rounds_count_most():
+    of = _local_steps.LocalSteps(16)
+    for worker in (0, 1):
+        assert of(worker) == 1
+        of.took(worker, 1, 3.0)
+    assert [of(0), of(1)] == [16, 16]
+    for _ in range(10):
+        of.took(1, 4, 36.0)  # three times as long
+    assert [of(0), of(1), of(2)] == [16, 5, 1]
+    of.took(2, 1, 1000.0)
+    assert of(2) == 1
+    of.forget(0)
+    assert [of(0), of(1)] == [1, 16]
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [((1, 2, 4), [1, 2, 4, 1, 1]), (np.array([4, 2, 2]), [4, 2, 2, 2, 2])],
@@ -163,9 +199,13 @@ def test_a_worker_that_is_added_takes_the_least(steps, expected):
 @pytest.mark.parametrize(
     ("steps", "error", "message"),
     [
-        ([1, 2], ValueError, "local_steps must be 3 integers, one a worker, or a function"),
-        (4, ValueError, "local_steps must be 3 integers"),
-        ([1.0, 2.0, 4.0], TypeError, "local_steps must be 3 integers"),
+        (
+            [1, 2],
+            ValueError,
+            "local_steps must be one integer, .* or 3, one a worker",
+        ),
+        (0, ValueError, "The least of local_steps must be at least 1; got 0"),
+        ([1.0, 2.0, 4.0], TypeError, "local_steps must be one integer, for the fastest"),
         ([1, 0, 4], ValueError, "The least of local_steps must be at least 1; got 0"),
         (lambda i: 2 - i, ValueError, r"local_steps\(2\) must be at least 1; got 0"),
         (lambda i: 2.0, TypeError, r"local_steps\(0\) must be a Python integer"),

@@ -192,6 +192,7 @@ def test_a_wrong_file_is_refused(tmp_path):
             ValueError,
             r"compute_time must return a scalar.*shape \(4,\)",
         ),
+        ({"local_steps": 0}, ValueError, "local_steps must be at least 1"),
         ({"local_steps": [1, 0, 2]}, ValueError, "local_steps must be integers of at least 1"),
         ({"local_steps": [1, 1.5, 2]}, ValueError, "local_steps must be integers of at least 1"),
         ({"slowdown": 2.0}, ValueError, "slowdown must be 3 numbers"),
