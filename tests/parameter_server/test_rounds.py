@@ -58,9 +58,16 @@ class Calls:
 
 @pytest.fixture(scope="module")
 def worker():
-    made = Worker(ROUNDS.grad_fn, ROUNDS, jax.random.key(0), LAYOUT, LAYOUT, LAYOUT, 1)
+    traced = []
+
+    def grad_fn(*args):
+        traced.append(args)
+        return ROUNDS.grad_fn(*args)
+
+    made = Worker(grad_fn, ROUNDS, jax.random.key(0), LAYOUT, LAYOUT, LAYOUT, 1)
     made.ready()
-    return made
+    yield made
+    assert len(traced) == 1  # before the first round, and whatever its number of steps
 
 
 @pytest.fixture
