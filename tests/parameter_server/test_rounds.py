@@ -161,19 +161,13 @@ def test_a_synchronous_update_is_the_mean_of_unequal_rounds(start):
 
 
 def test_workers_take_as_many_as_they_have_time_for(start):
-    """The fastest four. Who is not known, at first or after a loss, takes one, and does not count.
-
-    Each worker is lost once over its first task after 30 (plus 10 times its number).
-    """
+    """The fastest four. Who is not known, at first or after a loss, takes one."""
     server, calls = start(80, lose_after=30, local_steps=_local_steps.check(4, 3))
     assert server.advance(60.0).version == 80
-    again = {*calls.lost.values()}
     taken = [[task.num_steps for i, task in calls.sent if i == j] for j in range(3)]
-    assert [each[0] for each in taken] == [1, 1, 1]
-    known = [each[-5:] for each in taken]
-    assert known == [[4] * 5, [2] * 5, [1] * 5]
-    # While the fastest is not known, the next one is the fastest.
-    assert {task.num_steps for i, task in calls.sent if i == 1 and task not in again} == {1, 2, 4}
+    assert [each[-5:] for each in taken] == [[4] * 5, [2] * 5, [1] * 5]
+    assert len(calls.lost) == 3
+    assert taken[0].count(1) == 2
     rows = server.result()[2]
     assert max(collections.Counter(numbers(rows["batch"], rows["num_steps"])).values()) == 1
 
