@@ -229,3 +229,6 @@ def test_a_round_is_named_by_its_batches(worker):
         lost = book.lost(0, 1)
     assert lost[1] == "3 workers were lost over batches 0 to 2"
     assert book.pull(0, None, is_alone=True, num_steps=2) == Task(3, 2)
+    book.drop(book.answered(0))
+    assert book.pull(1, None, is_alone=False, num_steps=4) == Task(3, 2)  # as it is
+    assert book.pull(0, None, is_alone=False, num_steps=2) == Task(5, 2)
