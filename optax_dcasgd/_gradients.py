@@ -19,15 +19,15 @@ def row(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), tree)
 
 
-def batch_at(batches: Any, data: Any, index: Any) -> Any:
-    """Batch ``index``, an int32 scalar: ``batches(index)``, or row ``index`` of the arrays.
+def batch_at(batches: Any, data: Any, index: Any, entry: Callable[[Any, Any], Any] = row) -> Any:
+    """Batch ``index``, an integer scalar: ``batches(index)``, or entry ``index`` of the arrays.
 
     ``data`` are the arrays as the surrounding trace holds them; None where ``batches`` is a
-    function. Past the last row it starts again with the first.
+    function. Past the last entry it starts again with the first. ``entry`` takes one of an array.
     """
     if callable(batches):
         return batches(index)
-    return jax.tree.map(lambda x: row(x, index % x.shape[0]), data)
+    return jax.tree.map(lambda x: entry(x, index % x.shape[0]), data)
 
 
 _BATCHES = (

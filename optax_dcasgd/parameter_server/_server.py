@@ -72,6 +72,8 @@ class Server:
         self._num_not_finite = 0  # gradients since the last update
         self._calls = Calls()
         self._roster = Roster(options.num_workers)
+        self._wish: str | None = None  # which the driver has yet to fulfil
+        self._done: str | None = None  # which it has fulfilled last
         self.attach(workers, options.num_workers)
         self._heard = time.monotonic()
 

@@ -1,5 +1,6 @@
 """The worker: one gradient at the parameters that it is sent."""
 
+import operator
 import time
 import traceback
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_dcasgd._gradients import batch_at
 from optax_dcasgd.parameter_server._transport import Layout, Packed
 
 
@@ -35,10 +37,8 @@ class _NotFiniteError(_RefusedError):
 
 
 def get_batch(batches: Any, index: int) -> Any:
-    """Batch number ``index``: ``batches(index)``, or an entry of each leaf, over and over."""
-    if callable(batches):
-        return batches(index)
-    return jax.tree.map(lambda x: x[index % len(x)], batches)
+    """Batch number ``index``, on the host if its arrays are there."""
+    return batch_at(batches, batches, index, operator.getitem)
 
 
 def to_host(x: Any) -> Any:
