@@ -40,18 +40,25 @@ def row(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, 0, keepdims=False), tree)
 
 
-def batch_at(batches: Any, data: Any, index: Any, num_steps: Any = None) -> Any:
-    """Batch ``index``, an int32 scalar: ``batches(index)``, or row ``index`` of the arrays.
+def batch_at(
+    batches: Any,
+    data: Any,
+    index: Any,
+    num_steps: Any = None,
+    *,
+    entry: Callable[[Any, Any], Any] = row,
+) -> Any:
+    """Batch ``index``, an integer scalar: ``batches(index)``, or entry ``index`` of the arrays.
 
     ``data`` are the arrays as the surrounding trace holds them; None where ``batches`` is a
-    function. Past the last row it starts again with the first. With ``num_steps`` it is the round
-    of so many batches, from this one on.
+    function. Past the last entry it starts again with the first. ``entry`` takes one of an array.
+    With ``num_steps`` it is the round of so many batches, from this one on.
     """
     if num_steps is not None:
         return round_at(batches, index, num_steps)
     if callable(batches):
         return batches(index)
-    return jax.tree.map(lambda x: row(x, index % x.shape[0]), data)
+    return jax.tree.map(lambda x: entry(x, index % x.shape[0]), data)
 
 
 def round_at(batches: Callable[[Any, Any], Any], first: Any, num_steps: Any) -> LocalBatches:

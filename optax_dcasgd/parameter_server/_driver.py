@@ -151,13 +151,12 @@ class Driver:
         for index in [*status.retired, *status.gone]:
             ray.kill(self._workers.pop(index))
             self._waiting.pop(index, None)
-        is_new_wish = status.num_workers != self._wished
         self._wished = status.num_workers
-        if is_new_wish:
+        if status.wish is not None:
             self._gone.clear()  # these are made anew
-        if is_new_wish or self._wished > len(self._workers.keys() | self._gone):
+        if status.wish is not None or self._wished > len(self._workers.keys() | self._gone):
             self._make_workers(self._wished)
-            ray.get(self._server.attach.remote(self._workers, self._wished))
+            ray.get(self._server.attach.remote(self._workers, self._wished, status.wish))
         self._mention(status.starting)
         if self._bar is not None:
             self._bar.update(status.version - self._bar.n)

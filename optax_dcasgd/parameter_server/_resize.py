@@ -1,11 +1,12 @@
 """`resize`: another number of workers for a run under way."""
 
 import time
+import uuid
 
 from optax_dcasgd import _arguments
 from optax_dcasgd.parameter_server import _cluster
 
-_ASK_AGAIN = 0.1  # seconds, until the driver knows of a wish
+_ASK_AGAIN = 0.1  # seconds, until the driver has done what is wished
 _JOIN = 'In another process than that of the run, call ray.init(address="auto") first.'
 
 
@@ -13,8 +14,8 @@ def resize(name: str, num_workers: int) -> None:
     """Changes the number of workers of a run under way, from another thread, process or machine.
 
     It returns when the run knows of it. New workers take part as soon as they have started. Those
-    that leave finish what they are computing first. The highest indices come last and go first. A
-    change also replaces the workers that would not come back ("worker gone").
+    that leave finish what they are computing first. The highest indices come last and go first.
+    Workers that would not come back ("worker gone") are replaced, also if the number is the same.
 
     Args:
       name: The ``name`` that `train` was called with.
@@ -41,11 +42,11 @@ def resize(name: str, num_workers: int) -> None:
     from optax_dcasgd.parameter_server._calls import ENDED
     from optax_dcasgd.parameter_server._driver import NAMESPACE
 
-    is_known = False
-    while not is_known:
+    wish, is_done = uuid.uuid4().hex, False
+    while not is_done:
         try:
             server = ray.get_actor(name, namespace=NAMESPACE)
-            is_known = ray.get(server.resize.remote(num_workers))
+            is_done = ray.get(server.resize.remote(num_workers, wish))
         except ValueError as error:
             raise ValueError(
                 f"There is no run of the name {name!r} on this Ray cluster. {_JOIN}"

@@ -35,6 +35,7 @@ class Status(NamedTuple):
     staleness: float  # mean over the last updates
     events: list[Event]  # since the last status
     num_workers: int  # as last wished
+    wish: str | None  # which the driver has yet to fulfil
     retired: list[int]  # workers that have left
     gone: list[int]  # workers that will not come back, since the last status
     starting: list[int]  # workers that have not been there yet
@@ -71,6 +72,8 @@ class Server:
         self._num_not_finite = 0  # gradients since the last update
         self._calls = Calls()
         self._roster = Roster(options.num_workers)
+        self._wish: str | None = None  # which the driver has yet to fulfil
+        self._done: str | None = None  # which it has fulfilled last
         self.attach(workers, options.num_workers)
         self._heard = time.monotonic()
 
@@ -80,22 +83,23 @@ class Server:
         """Returns, when the server is there, the number of updates done."""
         return self._record.version
 
-    def attach(self, workers: dict[int, Any], num_workers: int) -> None:
+    def attach(self, workers: dict[int, Any], num_workers: int, wish: str | None = None) -> None:
         """Takes these workers on; those with an index of num_workers or more will leave."""
-        self._roster.num_workers = self._agreed = num_workers
+        self._roster.num_workers = num_workers
+        self._wish, self._done = None, wish
         for index in sorted(workers.keys() - self._roster.members):
             self._roster.members.add(index)
             self._calls.start(index, workers[index])
 
-    def resize(self, num_workers: int) -> bool:
-        """Wishes for so many workers; returns whether the driver, which makes them, knows it.
+    def resize(self, num_workers: int, wish: str) -> bool:
+        """Wishes for so many workers; returns whether the driver has made those that are missing.
 
-        To be repeated until it does: another server that takes the place of this one is told the
-        driver's number.
+        To be repeated, as the same wish, until it has: it may have heard of another wish only, and
+        a server that takes the place of this one has heard of none.
         """
-        if self._agreed != num_workers:
-            self._roster.num_workers = num_workers
-        return self._agreed == num_workers
+        if wish != self._done:
+            self._roster.num_workers, self._wish = num_workers, wish
+        return wish == self._done
 
     def advance(self, seconds: float) -> Status:
         """Trains for so long, or until all updates are done."""
@@ -116,17 +120,13 @@ class Server:
             self._calls.stop(index)
             self._local_steps.forget(index)
         gone, self._gone = self._gone, []
-        # Of a new number of workers the driver has yet to hear, and makes those that there are not.
-        if (
-            (retired or gone)
-            and not self._roster.members
-            and self._agreed == self._roster.num_workers
-        ):
+        if (retired or gone) and not self._roster.members and self._wish is None:
             self._fail(f"No worker is left; the last one: {self._why_gone}")
         return Status(
             self._record.version,
             *self._record.report(),
             self._roster.num_workers,
+            self._wish,
             retired,
             gone,
             self._roster.starting(),

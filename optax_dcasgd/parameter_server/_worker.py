@@ -1,5 +1,6 @@
 """The worker: one gradient at the parameters that it is sent."""
 
+import operator
 import time
 import traceback
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_dcasgd._gradients import round_at
+from optax_dcasgd._gradients import batch_at
 from optax_dcasgd.parameter_server._transport import Layout, Packed
 
 
@@ -47,15 +48,11 @@ class _NotFiniteError(_RefusedError):
 
 
 def get_batch(batches: Any, task: Task) -> Any:
-    """Batch number i: ``batches(i)``, or an entry of each leaf, over and over; or a round of them.
+    """A batch, on the host if its arrays are there, or a round of batches.
 
     Numbers are Python's, so that compiled functions see one type.
     """
-    if task.num_steps is not None:
-        return round_at(batches, *task)
-    if callable(batches):
-        return batches(task.batch)
-    return jax.tree.map(lambda x: x[task.batch % len(x)], batches)
+    return batch_at(batches, batches, *task, entry=operator.getitem)
 
 
 def to_host(x: Any) -> Any:

@@ -176,6 +176,15 @@ class Unloadable(Batches):
         raise ModuleNotFoundError("no module named as my data set")
 
 
+class UnloadableOnce(Signed):
+    """Fails to arrive in the first process."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if once(f"{self.directory}-failed"):
+            raise ModuleNotFoundError("no module named as my data set")
+
+
 def deadly_tx(caller, at, error=None):
     """Ends the server, and not the calling process, at its start or at its sixth update."""
 
