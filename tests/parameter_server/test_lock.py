@@ -48,10 +48,10 @@ HOLD = """
 import os, sys, time
 from optax_dcasgd.parameter_server import _lock
 with _lock.held(sys.argv[1]):
-    child = os.fork() if "fork" in sys.argv else 0
-    if not child and "fork" in sys.argv:
-        time.sleep(600)
-    print(child, flush=True)
+    if "fork" not in sys.argv:
+        print(0, flush=True)
+    elif os.fork() == 0:
+        print(os.getpid(), flush=True)
     time.sleep(600)
 """
 
