@@ -76,7 +76,9 @@ def plot_error_over_time(groups: Groups, title: str, path: Path) -> None:
                 )
         axis.set(xscale="log", yscale="log", ylim=(1, 100), title=f"M = {w}")
         for one in (axis.xaxis, axis.yaxis):
-            one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = one.get_view_interval()
+            # Over more than two decades the labels in between would touch.
+            one.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
             one.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             one.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)

@@ -35,6 +35,7 @@ import psutil
 from common import count, fraction, make_folder, nonnegative, positive
 from flax import nnx
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from train_flax import CNN, TRAIN_IMAGES, evaluate, load_data
 
 from optax_dcasgd import add_delay_compensation, parameter_server
@@ -158,7 +159,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """How stale the gradients of the asynchronous runs were: the slowest worker's, and others'."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     shown = [method for method in METHODS if method != "SSGD"]
-    axes = figure.subplots(1, len(shown), sharey=True)
+    axes = figure.subplots(1, len(shown), sharex=True, sharey=True)
     for axis, method in zip(axes, shown, strict=True):
         history = results[method].history
         slow = np.bincount(history.worker).argmin()
@@ -167,10 +168,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
             history.staleness[history.worker != slow],
             history.staleness[history.worker == slow],
         ]
-        axis.hist(parts, bins, stacked=True, label=["other workers", "slowest worker"],
+        # Side by side: on a logarithmic scale what is stacked has no height that can be read.
+        axis.hist(parts, bins, label=["other workers", "slowest worker"],
                   color=["#0072b2", "#e69f00"])  # fmt: skip
-        axis.set(title=method, xlabel="staleness (updates)", ylabel="gradients", yscale="log")
+        axis.set(title=method, xlabel="staleness (updates)", yscale="log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.grid(alpha=0.3)
+    axes[0].set_ylabel("gradients")
     axes[0].legend()
     figure.savefig(path, dpi=150)
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from optax_dcasgd import mxnet, rules, sources
 from optax_dcasgd._dcasgd import DCASGDState, FusedOptimizer, dcasgd, fused_dcasgd
-from optax_dcasgd._local_updates import LocalBatches, local_updates
+from optax_dcasgd._gradients import LocalBatches
+from optax_dcasgd._local_updates import local_updates
 from optax_dcasgd._mixed_precision import MasterWeightsState, with_master_weights
 from optax_dcasgd.rules import (
     RuleState,

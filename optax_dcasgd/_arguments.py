@@ -52,7 +52,8 @@ def check_scalar(
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {wanted}; got {value!r}.")
     try:
-        legal = math.isfinite(value) and minimum <= value and above < value < below
+        number = float(value)  # a comparison of JAX's arrays would be traced, here under jit
+        legal = math.isfinite(number) and minimum <= number and above < number < below
     except OverflowError:  # an integer that no float can hold
         legal = False
     if not legal:
@@ -68,6 +69,14 @@ def check_scalar(
         raise ValueError(
             f"{name} must be {' and '.join(['finite', *bounds])}; got {value!r}.{hint}"
         )
+
+
+def check_compensation(lamda: Any, decay: Any, eps: Any, clip: Any) -> None:
+    """Checks the hyperparameters of `add_delay_compensation`, which `dcasgd` has too."""
+    check_scalar("lamda", lamda, minimum=0.0)
+    check_scalar("decay", decay, minimum=0.0, below=1.0, optional=True)
+    check_scalar("eps", eps, minimum=0.0)
+    check_scalar("clip", clip, minimum=0.0, optional=True)
 
 
 def check_integer(name: str, value: Any, *, minimum: float = -math.inf) -> None:

@@ -11,7 +11,6 @@ from optax_dcasgd import _arguments, _checks, _stale_params, _trees, kernels
 from optax_dcasgd._arguments import ScalarOrSchedule
 from optax_dcasgd._hyperparameters import at_count
 from optax_dcasgd.kernels import Operands, Results
-from optax_dcasgd.rules._compensation import check_compensation
 
 
 class DCASGDState(NamedTuple):
@@ -224,7 +223,7 @@ def _make(
     _arguments.check_scalar("learning_rate", learning_rate)
     _arguments.check_scalar("momentum", momentum, minimum=0.0, below=1.0, optional=True)
     compensation = {"lamda": lamda, "decay": decay, "eps": eps, "clip": clip}
-    check_compensation(**compensation)
+    _arguments.check_compensation(**compensation)
     _arguments.check_choice("store", store, ("params", "updates", None))
     accumulator_dtype = _arguments.check_accumulator_dtype(accumulator_dtype)
     kernels.check_implementation(implementation)

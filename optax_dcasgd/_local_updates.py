@@ -1,7 +1,7 @@
 """`local_updates`: a gradient function that takes several steps of its own."""
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,27 +9,7 @@ import optax
 from jax import lax
 
 from optax_dcasgd import _arguments, _checks, _trees
-from optax_dcasgd._gradients import GradFn, check_returned, row
-
-
-class LocalBatches(NamedTuple):
-    """The batches of a round that may end early, for a worker of its own speed.
-
-    Examples:
-      Three batches of one number, of which the first two are used:
-
-      >>> import jax, jax.numpy as jnp, optax
-      >>> from optax_dcasgd import LocalBatches, local_updates
-      >>> grad_fn = jax.value_and_grad(lambda w, x, key: 0.5 * (w - x) ** 2)
-      >>> local = local_updates(grad_fn, optax.sgd(0.5), num_steps=3)
-      >>> round_of_two = LocalBatches(jnp.ones(3), num_steps=2)
-      >>> loss, pseudo_gradient = local(jnp.array(0.0), round_of_two, jax.random.key(0))
-      >>> print(pseudo_gradient)  # from 0 to 0.5 to 0.75
-      -0.75
-    """
-
-    batches: Any  # leading axis of every leaf: the num_steps of `local_updates`, the most there are
-    num_steps: Any  # shape=(), int: how many of them are used, at least 1; may be traced
+from optax_dcasgd._gradients import GradFn, LocalBatches, check_returned, row
 
 
 def local_updates(grad_fn: GradFn, tx: optax.GradientTransformation, num_steps: int) -> GradFn:

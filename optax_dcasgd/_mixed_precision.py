@@ -29,11 +29,14 @@ def with_master_weights(
     Parameters of other dtypes go to ``inner`` as they are. This is MXNet's ``multi_precision``, for
     every narrow dtype and around any optimizer.
 
-    Put it outermost. ``optax.ema``, ``optax.trace`` and ``optax.apply_every`` go into the chain
-    that is ``inner``: behind it their sums start in bfloat16 and are float32 after one update,
-    which ``jax.lax.scan`` refuses ("carry ... must have equal types"). ``optax.apply_if_finite``,
-    ``optax.conditionally_transform`` and ``optax.conditionally_mask`` go inside too: around it,
-    their ``jax.lax.cond`` finds float32 in one branch and bfloat16 in the other.
+    Put it outermost: what changes its updates, behind or around it, changes the parameters alone,
+    and the masters lose what the parameters cannot hold (below). Nothing raises for ``optax.scale``
+    or ``optax.add_decayed_weights`` behind it. The sums of ``optax.ema``, ``optax.trace`` and
+    ``optax.apply_every`` start in bfloat16 there and are float32 after one update, which
+    ``jax.lax.scan`` refuses ("carry output must have equal types"). Around it, ``jax.lax.cond`` in
+    ``optax.apply_if_finite``, ``optax.conditionally_transform`` and ``optax.conditionally_mask``
+    finds float32 in one branch and bfloat16 in the other, and refuses that ("cond branches must
+    have equal output types").
 
     The updates of narrow parameters are float32 where JAX adds that to the parameter by itself: not
     every bfloat16 number can be reached from another by adding a third, and ``optax.apply_updates``

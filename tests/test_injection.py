@@ -167,7 +167,9 @@ HALF = PARAMS.astype(jnp.bfloat16)
 
 
 def of_worker(state):
-    needed = getattr(state.inner_state, "pulled_at", None) is not None
+    """The extra arguments that a transformation needs, or the one that an injection holds."""
+    states = state, getattr(state, "inner_state", None)
+    needed = any(getattr(of, "pulled_at", None) is not None for of in states)
     return {"worker": 0} if needed else {}
 
 
@@ -190,15 +192,30 @@ def test_an_injected_decay_that_rounds_to_one_is_refused(name, argument):
 
 @pytest.mark.parametrize(("name", "argument"), DECAYS)
 def test_a_decay_that_a_schedule_rounds_to_one_is_refused(name, argument):
+    """Also while the update is traced, if the schedule computes nothing there."""
     _, factory, _ = ALL_FACTORIES[name]
     if name == "track_velocity":
         return  # takes no schedule
     for now in (1.0, np.float16(0.9999), jnp.bfloat16(0.999), -0.5):
         tx = factory(**{argument: lambda count, now=now: now})
         state = tx.init(HALF)
-        extras = {"worker": 0} if getattr(state, "pulled_at", None) is not None else {}
         with pytest.raises(ValueError, match=f"{argument} must be .* below 1"):
-            tx.update(HALF, state, HALF, **extras)
+            jax.eval_shape(tx.update, HALF, state, HALF, **of_worker(state))
+
+
+@pytest.mark.parametrize(("name", "argument"), DECAYS)
+def test_a_decay_may_be_an_array_whose_value_is_known_while_tracing(name, argument):
+    _, factory, _ = ALL_FACTORIES[name]
+    value = jnp.float32(0.5)
+
+    def update(params, decay):
+        tx = factory(**{argument: decay})
+        state = tx.init(params)
+        return tx.update(params, state, params, **of_worker(state))
+
+    jax.eval_shape(lambda params: update(params, value), HALF)
+    if name != "track_velocity":  # which takes no schedule
+        jax.eval_shape(lambda params: update(params, lambda count: value), HALF)
 
 
 @pytest.mark.parametrize("name", ALL_FACTORIES)

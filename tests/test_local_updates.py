@@ -1,5 +1,6 @@
 """`local_updates`: against loops in float64 NumPy, in the engines, with rounds of unequal size."""
 
+import dataclasses
 import functools
 
 import jax
@@ -183,25 +184,6 @@ def test_updates_too_small_for_the_parameters_are_sent():
     np.testing.assert_allclose(np.asarray(pseudo, float), 0.6, rtol=0.01)
 
 
-def test_every_batch_is_used_once_whatever_the_workers_steps():
-    """The gradient counts: batch i adds one to entry i."""
-    steps = np.array([6, 3, 1])  # a worker's, for speeds of 6:3:1
-    arrivals = simulation.arrivals(KEY, 3, 20, slowdown=steps * np.array([1.0, 2.0, 6.0]))
-    assert len(set(np.asarray(arrivals.worker).tolist())) == 3
-    used = jnp.asarray(steps)[arrivals.worker]
-    first = jnp.cumsum(used) - used
-    total = int(used.sum())
-
-    def grad_fn(params, batch, key):
-        return jnp.zeros(()), jax.nn.one_hot(batch, params.size)
-
-    result = simulation.run(
-        local_updates(grad_fn, optax.sgd(1.0), 6), jnp.zeros(total + 6), optax.sgd(1.0),
-        lambda t: LocalBatches(first[t] + jnp.arange(6), used[t]), arrivals,
-    )  # fmt: skip
-    np.testing.assert_array_equal(-result.params, np.arange(total + 6) < total)
-
-
 def test_under_overlap_reduction():
     """Each device takes its own steps; the mean of what they did is applied one update late."""
     mesh = overlapped.mesh_of(2)
@@ -227,15 +209,25 @@ def test_under_overlap_reduction():
     cases.assert_close(found, cases.as_jax(expected), 2e-5)
 
 
-def test_diagnostics_take_it():
+@pytest.mark.parametrize("used", [H, 3])
+def test_diagnostics_take_it(used):
+    """With fewer steps than H, of rounds that overlap: their numbers are as they please."""
     arrivals = simulation.arrivals(KEY, 3, ROUNDS)
+    batches, numbers = STACKS, np.arange(ROUNDS)
+    if used < H:
+        numbers = numbers[::-1].astype(np.int32)
+        of_three = {"batch": numbers, "num_steps": np.full(ROUNDS, used)}
+        arrivals = dataclasses.replace(arrivals, **of_three)
+        stacks = cases.as_jax(STACKS)
+        batches = lambda t, num_steps: jax.tree.map(lambda x: x[t], stacks)  # noqa: E731
     local = local_updates(cases.grad_fn, optax.sgd(0.1), H)
     params = cases.as_jax(cases.PARAMS)
     outer = optax.chain(add_delay_compensation(), optax.sgd(0.5))
-    pairs = diagnostics.collect(local, params, outer, STACKS, arrivals, num_pairs=2)
+    pairs = diagnostics.collect(local, params, outer, batches, arrivals, num_pairs=2)
     last = jax.tree.map(lambda x: x[-1], pairs)
-    expected = numpy_round(reference.wide(last.stale_params), ROUNDS - 1, SGD(0.1))[1]
-    cases.assert_close(last.stale_grads, cases.as_jax(expected), 2e-5)
+    for at, found in [(last.stale_params, last.stale_grads), (last.params, last.grads)]:
+        expected = numpy_round(reference.wide(at), numbers[-1], SGD(0.1), used)[1]
+        cases.assert_close(found, cases.as_jax(expected), 2e-5)
 
 
 # --- Mistakes ---

@@ -220,7 +220,21 @@ def test_the_code_of_the_page_on_local_steps_runs():
     """But for the lines that are shown for Ray and for several devices."""
     names = {}
     for block in blocks("docs/local_steps.md"):
-        if "simulation.run" in block:
+        if "simulation.run" in block and "parameter_server" not in block:
             run(block, names)
             assert 0 < names["result"].history.loss[-1] < 1e-6 * names["result"].history.loss[0]
-    assert int(names["used"].sum()) > int(names["first"][-1]) > 600
+    assert int(names["arrivals"].batch[-1]) > 600 * 4
+
+
+@pytest.mark.ray
+def test_the_code_of_the_page_on_local_steps_runs_on_ray():
+    """Where workers are of unequal speed; with the same parameters in the simulator."""
+    # By this name functions are sent to the workers by value.
+    names = {"__name__": "__main__", "parameter_server": optax_dcasgd.parameter_server}
+    for block in blocks("docs/local_steps.md"):
+        if "simulation.run" in block:
+            run(block, names)
+    found, replayed = (names[name].params["w"] for name in ("result", "replayed"))
+    np.testing.assert_allclose(found, replayed, 1e-6)
+    assert 0 < names["result"].history.loss[-1] < 1e-6 * names["result"].history.loss[0]
+    assert 1 < names["result"].history.num_steps.max() <= 16

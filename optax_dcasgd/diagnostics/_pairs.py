@@ -9,7 +9,14 @@ import optax
 from jax import lax
 
 from optax_dcasgd import _arguments, _checks, _trees, simulation
-from optax_dcasgd._gradients import GradFn, batch_at, check_batches, check_grad_fn, row
+from optax_dcasgd._gradients import (
+    GradFn,
+    batch_at,
+    batch_of_push,
+    check_batches,
+    check_grad_fn,
+    row,
+)
 from optax_dcasgd.rules import add_delay_compensation
 from optax_dcasgd.simulation import Arrivals
 
@@ -144,8 +151,7 @@ def collect(
     recorder = _record(at, decay)
     result = simulation.run(grad_fn, params, optax.chain(recorder, tx), batches, arrivals, key=key)
     seen: Pairs = result.state[0].pairs
-    batch = at if arrivals.batch is None else jnp.asarray(arrivals.batch, jnp.int32)[at]
-    grads = _gradients(grad_fn, seen.params, batches, key, batch)
+    grads = _gradients(grad_fn, seen.params, batches, key, *batch_of_push(arrivals, at))
     return seen._replace(grads=grads)
 
 
@@ -197,14 +203,17 @@ def _record(at: np.ndarray, decay: float) -> optax.GradientTransformationExtraAr
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _gradients(grad_fn: GradFn, params: Any, batches: Any, key: Any, t: Any) -> Any:
+def _gradients(
+    grad_fn: GradFn, params: Any, batches: Any, key: Any, t: Any, num_steps: Any = None
+) -> Any:
     """The gradients at stacked parameters, each on its batch ``t``, one after another."""
 
     def gradients(params: Any, data: Any, key: Any) -> Any:
         def gradient(x: Any) -> Any:
-            params, t = x
-            return grad_fn(params, batch_at(batches, data, t), jax.random.fold_in(key, t))[1]
+            params, t, num_steps = x
+            batch = batch_at(batches, data, t, num_steps)
+            return grad_fn(params, batch, jax.random.fold_in(key, t))[1]
 
-        return lax.map(gradient, (params, jnp.asarray(t)))
+        return lax.map(gradient, (params, jnp.asarray(t), num_steps))
 
     return jax.jit(gradients)(params, None if callable(batches) else batches, key)

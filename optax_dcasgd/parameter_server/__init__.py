@@ -9,6 +9,7 @@ compute them. With ``address=`` the same call trains on a cluster.
 """
 
 from optax_dcasgd.parameter_server._history import Event, History, Result, Straggler
-from optax_dcasgd.parameter_server._train import resize, train
+from optax_dcasgd.parameter_server._resize import resize
+from optax_dcasgd.parameter_server._train import train
 
 __all__ = ["Event", "History", "Result", "Straggler", "resize", "train"]

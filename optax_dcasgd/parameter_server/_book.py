@@ -3,9 +3,12 @@
 import collections
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from optax_dcasgd.parameter_server import _bound
 from optax_dcasgd.parameter_server._transport import Packed
 from optax_dcasgd.parameter_server._update import Version
+from optax_dcasgd.parameter_server._worker import Task
 
 _MIN_LOSSES = 2  # of workers over one batch, that need not be the batch's fault
 
@@ -14,7 +17,7 @@ class Pull(NamedTuple):
     """A gradient under way."""
 
     worker: int
-    batch: int
+    task: Task
     version: Version
 
 
@@ -27,8 +30,25 @@ class Push(NamedTuple):
     packed: Packed
 
 
+def mean_of(pushes: list[Push]) -> Push:
+    """The update that they are together, as it is recorded: by the first one's batch."""
+    task = pushes[0].pull.task
+    if task.num_steps is not None:
+        task = Task(task.batch, sum(push.pull.task.num_steps or 1 for push in pushes))
+    return Push(
+        pushes[0].pull._replace(worker=0, task=task),
+        float(np.mean([push.loss for push in pushes])),
+        max(push.seconds for push in pushes),
+        b"",
+    )
+
+
 class Book:
-    """Sees to it that every batch is applied once, or refused."""
+    """Sees to it that every batch is applied once, or refused.
+
+    A round of several batches stays one. Who takes it in the place of a lost worker takes as many
+    steps as that was to take.
+    """
 
     def __init__(self, limit: int | None):
         """The limit is the staleness up to which workers wait for each other; None for any."""
@@ -36,23 +56,23 @@ class Book:
         self._next_batch = 0
         # In the order in which they are sent out. The value is the worker whose gradient came too
         # late, if it was dropped for that.
-        self._again: dict[int, int | None] = {}
-        self._losses: collections.Counter[int] = collections.Counter()  # of workers, by batch
+        self._again: dict[Task, int | None] = {}
+        self._losses: collections.Counter[Task] = collections.Counter()  # of workers, by task
         self._pulls: dict[int, Pull] = {}  # by worker
         self._pushes: list[Push] = []
         self.num_refused = 0
 
     def to_save(self) -> dict[str, Any]:
         """What a checkpoint keeps. What is under way would be lost with the server."""
-        again = {*self._again, *(pull.batch for pull in self._under_way())}
+        again = {*self._again, *(pull.task for pull in self._under_way())}
         return {
-            "again": sorted(again),
+            "again": sorted(again, key=lambda task: task.batch),
             "next_batch": self._next_batch,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Goes on from what `to_save` returned; what was refused before counts no more."""
-        self._again = dict.fromkeys(saved["again"])
+        self._again = dict.fromkeys(Task(*task) for task in saved["again"])
         self._next_batch = saved["next_batch"]
 
     # Pull.
@@ -61,21 +81,27 @@ class Book:
         """Whether another gradient may be under way without exceeding the bound."""
         return self._limit is None or _bound.may_pull(self._staleness(version), self._limit)
 
-    def pull(self, worker: int, version: Version, *, is_alone: bool) -> int:
-        """Chooses the batch for an idle worker, which may be the only one that is there."""
-        batch = self._choose(worker, is_alone)
-        self._pulls[worker] = Pull(worker, batch, version)
-        return batch
+    def pull(
+        self, worker: int, version: Version, *, is_alone: bool, num_steps: int | None = None
+    ) -> Task:
+        """Chooses the batch for an idle worker, which may be the only one that is there.
 
-    def _choose(self, worker: int, is_alone: bool) -> int:
+        With ``num_steps`` it is a round of so many batches, if it is a new one.
+        """
+        task = self._choose(worker, is_alone, num_steps)
+        self._pulls[worker] = Pull(worker, task, version)
+        return task
+
+    def _choose(self, worker: int, is_alone: bool, num_steps: int | None) -> Task:
         """One that has to be computed again goes before a new one."""
-        for batch, too_slow in self._again.items():
+        for task, too_slow in self._again.items():
             # A slow worker would be too late once more, and keep the batch from all the others.
             if too_slow != worker or is_alone:
-                del self._again[batch]
-                return batch
-        self._next_batch += 1
-        return self._next_batch - 1
+                del self._again[task]
+                return task
+        task = Task(self._next_batch, num_steps)
+        self._next_batch += num_steps or 1
+        return task
 
     def answered(self, worker: int) -> Pull:
         """What the worker was to compute, which it has answered."""
@@ -90,13 +116,13 @@ class Book:
         """
         if (pull := self._pulls.pop(worker, None)) is None:
             return None
-        self._losses[pull.batch] += 1
-        losses = self._losses[pull.batch]
+        self._losses[pull.task] += 1
+        losses = self._losses[pull.task]
         # A fault of the machines may take all workers, and each may hold this batch when it dies.
         if losses <= max(_MIN_LOSSES, num_workers):
-            self._again[pull.batch] = None
+            self._again[pull.task] = None
             return None
-        return pull, f"{losses} workers were lost over batch {pull.batch}"
+        return pull, f"{losses} workers were lost over {pull.task}"
 
     # Push.
 
@@ -118,7 +144,7 @@ class Book:
 
     def drop(self, pull: Pull) -> None:
         """Gives the batch of a gradient that came too late to another worker, if there is one."""
-        self._again[pull.batch] = pull.worker
+        self._again[pull.task] = pull.worker
 
     # Rounds of mode="sync".
 
@@ -131,7 +157,7 @@ class Book:
         if self._pulls:
             return []
         pushes, self._pushes = self._pushes, []
-        return sorted(pushes, key=lambda push: push.pull.batch)
+        return sorted(pushes, key=lambda push: push.pull.task.batch)
 
     def computing(self) -> list[int]:
         """The workers that owe a gradient."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import ray
 
 from optax_dcasgd.parameter_server import _reasons
-from optax_dcasgd.parameter_server._worker import Computed, Refused
+from optax_dcasgd.parameter_server._worker import Computed, Refused, Task
 
 _ASK_AGAIN = 0.05  # seconds, while there is no call to wait for
 NOT_STARTED = (ray.exceptions.ActorUnschedulableError, ray.exceptions.RuntimeEnvSetupError)
@@ -60,9 +60,9 @@ class Calls:
         """Forgets a worker, which has nothing to do."""
         del self._actors[index]
 
-    def send(self, index: int, batch: int, message: Any) -> None:
-        """Sends an idle worker a batch, and the packed parameters or a reference to them."""
-        self._calls[self._actors[index].gradient.remote(batch, message)] = index
+    def send(self, index: int, task: Task, message: Any) -> None:
+        """Sends an idle worker a task, and the packed parameters or a reference to them."""
+        self._calls[self._actors[index].gradient.remote(*task, message)] = index
 
     def wait(self, seconds: float) -> list[tuple[int, News]]:
         """Returns what has come, by the order of its tasks; waits, but no longer than this."""

@@ -17,7 +17,7 @@ import numpy as np
 from optax_dcasgd.parameter_server import _lock
 from optax_dcasgd.parameter_server._fingerprint import checksum
 
-_FORMAT = "optax_dcasgd.parameter_server/2"
+_FORMAT = "optax_dcasgd.parameter_server/3"
 _LENGTH = 200  # characters of a reason
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what TensorStore raises
 _T = TypeVar("_T")

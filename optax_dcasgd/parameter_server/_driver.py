@@ -151,13 +151,12 @@ class Driver:
         for index in [*status.retired, *status.gone]:
             ray.kill(self._workers.pop(index))
             self._waiting.pop(index, None)
-        is_new_wish = status.num_workers != self._wished
         self._wished = status.num_workers
-        if is_new_wish:
+        if status.wish is not None:
             self._gone.clear()  # these are made anew
-        if is_new_wish or self._wished > len(self._workers.keys() | self._gone):
+        if status.wish is not None or self._wished > len(self._workers.keys() | self._gone):
             self._make_workers(self._wished)
-            ray.get(self._server.attach.remote(self._workers, self._wished))
+            ray.get(self._server.attach.remote(self._workers, self._wished, status.wish))
         self._mention(status.starting)
         if self._bar is not None:
             self._bar.update(status.version - self._bar.n)
@@ -251,8 +250,10 @@ class Driver:
         if 0 < len(self._took_part) < self._wished:  # 0 if there was nothing left to do
             _log.warning("%d of %d workers took part.", len(self._took_part), self._wished)
         history = _history.to_columns(rows)
-        is_async = self._options.mode == "async"
-        arrivals = _history.to_arrivals(history, self._options.num_workers) if is_async else None
+        in_rounds, arrivals = self._options.local_steps.given is not None, None
+        if self._options.mode == "async":
+            num_workers = self._options.num_workers
+            arrivals = _history.to_arrivals(history, num_workers, in_rounds=in_rounds)
         result = Result(
             from_raw(self._like[0], params),
             from_raw(self._like[1], state),

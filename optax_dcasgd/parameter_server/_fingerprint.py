@@ -13,7 +13,9 @@ import numpy as np
 import optax
 
 from optax_dcasgd.parameter_server._transport import to_raw
+from optax_dcasgd.parameter_server._worker import Task, get_batch
 
+_FIRST = Task(0)
 Fingerprint = dict[str, str | None]  # by argument of `train`; None for what cannot be compared
 
 
@@ -25,7 +27,13 @@ def checksum(arrays: list[Any], start: int = 0) -> int:
 
 
 def fingerprint(
-    grad_fn: Callable[..., Any], params: Any, tx: Any, batches: Any, batch: Any, key: Any
+    grad_fn: Callable[..., Any],
+    params: Any,
+    tx: Any,
+    batches: Any,
+    batch: Any,
+    key: Any,
+    first: Task = _FIRST,
 ) -> Fingerprint:
     """The fingerprint of these arguments of `train`.
 
@@ -36,6 +44,7 @@ def fingerprint(
       batches: As for `train`. Of a function, batch 0 is compared.
       batch: Batch 0.
       key: As for `train`.
+      first: What batch 0 is.
     """
     optimizer = optax.with_extra_args_support(tx)
 
@@ -46,7 +55,7 @@ def fingerprint(
     return {
         "grad_fn": _of_function(grad_fn, params, batch, key),
         "tx": _of_function(init_and_update, params),
-        "batches": _of_batch_0(batches, batch) if callable(batches) else _of_tree(batches),
+        "batches": _of_batch(batches, batch, first) if callable(batches) else _of_tree(batches),
         "key": _of_tree(key),
         "jax": f"{jax.__version__} {jax.default_backend()}",
     }
@@ -73,10 +82,10 @@ def _of_function(function: Callable[..., Any], *args: Any) -> str | None:
         return None
 
 
-def _of_batch_0(batches: Callable[[int], Any], batch: Any) -> str | None:
+def _of_batch(batches: Callable[..., Any], batch: Any, task: Task) -> str | None:
     """None for what is another one each time, or is not to be had twice."""
     try:
-        again = _of_tree(batches(0))
+        again = _of_tree(get_batch(batches, task))
     except Exception:
         return None
     return again if again == _of_tree(batch) else None

@@ -11,22 +11,25 @@ class History(NamedTuple):
     """What happened in a `train` of U updates: NumPy arrays of shape (U,).
 
     With ``mode="sync"`` an update has several gradients; then ``worker`` and ``staleness`` are 0,
-    ``batch`` is the first one's, ``loss`` the mean and ``seconds`` the longest.
+    ``batch`` is the first one's, ``loss`` the mean, ``seconds`` the longest and ``num_steps`` the
+    sum.
     """
 
     worker: np.ndarray  # dtype=int32: whose gradient it was
     version: np.ndarray  # dtype=int32: the updates before the parameters it was computed at
     staleness: np.ndarray  # dtype=int32: the updates between those parameters and this update
-    batch: np.ndarray  # dtype=int32: the number of its batch
+    batch: np.ndarray  # dtype=int32: the number of its batch, or of its first
     loss: np.ndarray  # dtype=float64: the loss at those parameters
     time: np.ndarray  # dtype=float64: when it was applied, in seconds of training
     seconds: np.ndarray  # dtype=float64: how long the gradient took the worker
     compensation: np.ndarray  # dtype=float64: ‖compensation‖/‖gradient‖; NaN where not measured
+    num_steps: np.ndarray  # dtype=int32: how many batches it used; 1 without ``local_steps``
 
 
 DTYPE = np.dtype(
     [(name, np.int32) for name in History._fields[:4]]
-    + [(name, np.float64) for name in History._fields[4:]]
+    + [(name, np.float64) for name in History._fields[4:8]]
+    + [(name, np.int32) for name in History._fields[8:]]
 )
 
 
@@ -96,12 +99,16 @@ class Result(NamedTuple):
         return found
 
 
-def to_arrivals(history: History, num_workers: int) -> Arrivals:
-    """The order of a run, in which ``simulation.run`` trains to the same parameters."""
+def to_arrivals(history: History, num_workers: int, *, in_rounds: bool) -> Arrivals:
+    """The order of a run, in which ``simulation.run`` trains to the same parameters.
+
+    ``in_rounds`` if each push used the batches of a round.
+    """
     return Arrivals(
         history.worker,
         history.staleness,
         history.time,
         num_workers=max(num_workers, int(history.worker.max(initial=0)) + 1),
         batch=history.batch,
+        num_steps=history.num_steps if in_rounds else None,
     )

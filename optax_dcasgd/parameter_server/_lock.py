@@ -1,9 +1,11 @@
 """One run at a time in a checkpoint directory.
 
 The driver holds a lock on a file there (flock), which the kernel takes back however the process
-ends: a driver that was killed can be started again at once. Some file systems have no such lock, or
-one that other machines do not see. So the driver also rewrites the file every few seconds. Who
-finds what another machine wrote there watches whether it changes. Clocks are not compared.
+ends: a driver that was killed can be started again at once. A process that it has forked, a data
+loader's, say, may live longer, and would keep the lock: it closes the file. Some file systems have
+no such lock, or one that other machines do not see. So the driver also rewrites the file every few
+seconds. Who finds what another machine wrote there watches whether it changes. Clocks are not
+compared.
 """
 
 import contextlib
@@ -14,6 +16,7 @@ import platform
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +28,16 @@ except ImportError:  # not a Unix
 _BEAT = 5.0  # seconds between two writes of the holder
 _MISSED = 3  # so many of which end its hold for another machine
 _NAME = "run.lock"
+_files: weakref.WeakSet[Any] = weakref.WeakSet()  # that are open here
+
+
+def _close() -> None:
+    for file in list(_files):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close)
 
 
 def _machine() -> str:
@@ -93,6 +106,7 @@ def held(directory: str) -> Iterator[str]:
         is_free = None
         while is_free is None:
             file = stack.enter_context(open(path, "a+b"))
+            _files.add(file)
             # The error below advises to remove it. Where that happens meanwhile it is opened anew,
             # since the lock on what was removed keeps nobody out.
             with contextlib.suppress(FileNotFoundError):

@@ -3,6 +3,7 @@
 import dataclasses
 
 from optax_dcasgd.parameter_server._fingerprint import Fingerprint
+from optax_dcasgd.parameter_server._local_steps import LocalSteps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,5 +21,6 @@ class Options:
     max_bad_pushes: int
     name: str | None
     signature: list[str]
+    local_steps: LocalSteps = dataclasses.field(default_factory=lambda: LocalSteps(None))
     fingerprint: Fingerprint = dataclasses.field(default_factory=dict)
     lock: str | None = None  # the token of `_lock.held`

@@ -49,8 +49,8 @@ class Record:
         """Adds an update."""
         pull = push.pull
         self._rows[self.version] = (
-            *(pull.worker, pull.version.number, staleness, pull.batch),
-            *(push.loss, self.seconds(), push.seconds, compensation),
+            *(pull.worker, pull.version.number, staleness, pull.task.batch),
+            *(push.loss, self.seconds(), push.seconds, compensation, pull.task.num_steps or 1),
         )
         self.version += 1
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
-from optax_dcasgd.parameter_server._book import Book, Pull, Push
+from optax_dcasgd.parameter_server._book import Book, Pull, Push, mean_of
 from optax_dcasgd.parameter_server._calls import Calls, Gone, Lost, News, Ready
 from optax_dcasgd.parameter_server._history import Event
 from optax_dcasgd.parameter_server._options import Options
@@ -35,6 +35,7 @@ class Status(NamedTuple):
     staleness: float  # mean over the last updates
     events: list[Event]  # since the last status
     num_workers: int  # as last wished
+    wish: str | None  # which the driver has yet to fulfil
     retired: list[int]  # workers that have left
     gone: list[int]  # workers that will not come back, since the last status
     starting: list[int]  # workers that have not been there yet
@@ -56,7 +57,7 @@ class Server:
         options: Options,
         workers: dict[int, Any],
     ):
-        self._options = options
+        self._options, self._local_steps = options, options.local_steps
         self._update = Update(tx, params, layouts)
         self._book = Book(options.max_staleness if options.on_stale == "wait" else None)
         self._record = Record(options.num_updates, options.name)
@@ -71,6 +72,8 @@ class Server:
         self._num_not_finite = 0  # gradients since the last update
         self._calls = Calls()
         self._roster = Roster(options.num_workers)
+        self._wish: str | None = None  # which the driver has yet to fulfil
+        self._done: str | None = None  # which it has fulfilled last
         self.attach(workers, options.num_workers)
         self._heard = time.monotonic()
 
@@ -80,22 +83,23 @@ class Server:
         """Returns, when the server is there, the number of updates done."""
         return self._record.version
 
-    def attach(self, workers: dict[int, Any], num_workers: int) -> None:
+    def attach(self, workers: dict[int, Any], num_workers: int, wish: str | None = None) -> None:
         """Takes these workers on; those with an index of num_workers or more will leave."""
-        self._roster.num_workers = self._agreed = num_workers
+        self._roster.num_workers = num_workers
+        self._wish, self._done = None, wish
         for index in sorted(workers.keys() - self._roster.members):
             self._roster.members.add(index)
             self._calls.start(index, workers[index])
 
-    def resize(self, num_workers: int) -> bool:
-        """Wishes for so many workers; returns whether the driver, which makes them, knows it.
+    def resize(self, num_workers: int, wish: str) -> bool:
+        """Wishes for so many workers; returns whether the driver has made those that are missing.
 
-        To be repeated until it does: another server that takes the place of this one is told the
-        driver's number.
+        To be repeated, as the same wish, until it has: it may have heard of another wish only, and
+        a server that takes the place of this one has heard of none.
         """
-        if self._agreed != num_workers:
-            self._roster.num_workers = num_workers
-        return self._agreed == num_workers
+        if wish != self._done:
+            self._roster.num_workers, self._wish = num_workers, wish
+        return wish == self._done
 
     def advance(self, seconds: float) -> Status:
         """Trains for so long, or until all updates are done."""
@@ -114,18 +118,15 @@ class Server:
         retired = self._roster.retire()
         for index in retired:
             self._calls.stop(index)
+            self._local_steps.forget(index)
         gone, self._gone = self._gone, []
-        # Of a new number of workers the driver has yet to hear, and makes those that there are not.
-        if (
-            (retired or gone)
-            and not self._roster.members
-            and self._agreed == self._roster.num_workers
-        ):
+        if (retired or gone) and not self._roster.members and self._wish is None:
             self._fail(f"No worker is left; the last one: {self._why_gone}")
         return Status(
             self._record.version,
             *self._record.report(),
             self._roster.num_workers,
+            self._wish,
             retired,
             gone,
             self._roster.starting(),
@@ -158,8 +159,9 @@ class Server:
                 return
             version = self._publish()
             is_alone = self._roster.occupy(index)
-            batch = self._book.pull(index, version, is_alone=is_alone)
-            self._calls.send(index, batch, version.message)
+            num_steps = self._local_steps(index)
+            task = self._book.pull(index, version, is_alone=is_alone, num_steps=num_steps)
+            self._calls.send(index, task, version.message)
 
     def _publish(self) -> Version:
         """The newest parameters, which are packed once however many workers get them."""
@@ -173,7 +175,9 @@ class Server:
     def _receive(self, index: int, news: News) -> None:
         match news:
             case Computed(loss, seconds, packed):
-                self._book.push(Push(self._book.answered(index), loss, seconds, packed))
+                pull = self._book.answered(index)
+                self._book.push(Push(pull, loss, seconds, packed))
+                self._local_steps.took(index, pull.task.num_steps, seconds)
             case Refused(reason, not_finite):
                 self._refuse(self._book.answered(index), reason, not_finite)
             case Ready():
@@ -193,6 +197,7 @@ class Server:
 
     def _give_to_another(self, index: int) -> None:
         """What a lost worker was to compute."""
+        self._local_steps.forget(index)
         if (refused := self._book.lost(index, self._roster.num_workers)) is not None:
             self._refuse(*refused)
 
@@ -238,7 +243,7 @@ class Server:
         staleness = version - pull.version.number
         if limit is not None and staleness > limit:
             self._book.drop(pull)
-            message = f"staleness {staleness} > max_staleness={limit} (batch {pull.batch})"
+            message = f"staleness {staleness} > max_staleness={limit} ({pull.task})"
             self._record.event("dropped", pull.worker, message)
             return
         self._took_part.add(pull.worker)
@@ -265,13 +270,7 @@ class Server:
         self._to_apply = [Gradient(push.packed, push.pull.version, 0, 0) for push in pushes]
         self._update.apply_mean(self._to_apply)
         self._to_apply = []
-        mean = Push(
-            pushes[0].pull._replace(worker=0),
-            float(np.mean([push.loss for push in pushes])),
-            max(push.seconds for push in pushes),
-            b"",
-        )
-        self._count(mean, 0, np.nan)
+        self._count(mean_of(pushes), 0, np.nan)
 
     def _count(self, push: Push, staleness: int, compensation: float) -> None:
         """Records an update, and writes a checkpoint if one is due."""

@@ -1,6 +1,5 @@
-"""`train` and `resize`: what users call."""
+"""`train`: its arguments, checked, and what they are made into."""
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,16 +10,13 @@ import optax
 
 from optax_dcasgd import _arguments, _checks, _trees
 from optax_dcasgd._gradients import check_batches, check_returned
-from optax_dcasgd.parameter_server import _checkpoint, _cluster
+from optax_dcasgd.parameter_server import _checkpoint, _cluster, _local_steps
 from optax_dcasgd.parameter_server._fingerprint import fingerprint
 from optax_dcasgd.parameter_server._history import Result
 from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._transport import Layout
 from optax_dcasgd.parameter_server._travel import Parcel
-from optax_dcasgd.parameter_server._worker import get_batch, to_host
-
-_ASK_AGAIN = 0.1  # seconds, until the driver knows of a wish
-_JOIN = 'In another process than that of the run, call ray.init(address="auto") first.'
+from optax_dcasgd.parameter_server._worker import Task, get_batch, to_host
 
 
 def train(
@@ -42,6 +38,7 @@ def train(
     transport_dtype: Any = None,
     compensation_every: int | None = 100,
     max_bad_pushes: int = 10,
+    local_steps: Any = None,
     name: str | None = None,
     address: str | None = None,
     worker_options: Mapping[str, Any] | None = None,
@@ -91,6 +88,15 @@ def train(
         three more evaluations of the optimizer; None for never.
       max_bad_pushes: How many gradients may be refused, since training was begun or resumed, before
         it stops.
+      local_steps: For a ``grad_fn`` by `local_updates`, how many batches a worker takes at a time,
+        if that is not to be the same for all. One integer: as many as the fastest takes; the others
+        take fewer, by the time that a batch takes them, so that all push equally often; one that
+        is new, or was lost, takes one at first. M integers, one a worker; a worker that `resize`
+        adds takes the least of them. Or a function from a worker's index to its number. A worker of
+        n takes the next n batches, from number ``first`` on. ``batches`` is then a function
+        ``(first, num_steps) -> stack`` of as many batches as the longest round has, along a new
+        leading axis, of which the first ``num_steps`` are used; ``grad_fn`` gets them as
+        `LocalBatches`, and ``fold_in(key, first)``. A lost round goes to another worker as it is.
       name: A name for the run, by which `resize` finds it and metrics are tagged.
       address: Of a running Ray cluster, as in ``ray.init``: "auto" on one of its nodes. Without it,
         without the environment's RAY_ADDRESS, and if Ray is not initialised, Ray is started on this
@@ -177,11 +183,17 @@ def train(
     _arguments.check_key("key", key)
     _checks.check_arrays("params", params, _checks.OF_EQUINOX)
     params = _trees.copy(params)
-    check_batches(batches, None)
+    local_steps = _local_steps.check(local_steps, num_workers)
+    in_rounds = (most := local_steps.most(num_workers)) is not None
+    check_batches(batches, None, in_rounds=in_rounds)
     if not callable(batches):
         batches = jax.tree.map(to_host, batches)
     _cluster.import_ray()
-    batch = get_batch(batches, 0)
+    # The shortest round, whose batch 0 is compared with that of other runs.
+    first = Task(0, 1 if in_rounds else None)
+    batch = get_batch(batches, first)
+    if in_rounds:
+        _check_rounds(batches, batch, most)
     returned = jax.eval_shape(grad_fn, params, batch, key)
     check_returned(returned, params)
     of_grads = Layout(returned[1])
@@ -197,13 +209,16 @@ def train(
         staleness=np.int32(0),
     )
     layouts = Layout(params), of_grads, of_grads.cast(transport_dtype)
-    of_worker = Parcel({"params": params, "batches": batch}, (grad_fn, batches, key, *layouts))
+    of_worker = Parcel(
+        {"params": params, "batches": batch}, (grad_fn, batches, key, *layouts, first.num_steps)
+    )
     of_server = Parcel(
         {"params": params, "the state of tx": state_like},
         (tx, jax.tree.map(np.asarray, params), layouts),
     )
 
-    signature = [f"mode: {mode}"]  # the rows of a history are of one kind
+    # The rows of a history are of one kind.
+    signature = [f"mode: {mode}", f"local_steps: {'given' if in_rounds else 'no'}"]
     signature += _checkpoint.signature(params=params, state=state_like)
     claimed = _checkpoint.claimed(checkpoint_dir, signature, resume=resume, num_updates=num_updates)
     with claimed as (checkpoint_dir, lock):
@@ -221,9 +236,10 @@ def train(
             max_bad_pushes=max_bad_pushes,
             name=name,
             signature=signature,
+            local_steps=local_steps,
             fingerprint={}
             if checkpoint_dir is None
-            else fingerprint(grad_fn, params, tx, batches, batch, key),
+            else fingerprint(grad_fn, params, tx, batches, batch, key, first),
             lock=lock,
         )
         with (
@@ -234,6 +250,18 @@ def train(
             ) as driver,
         ):
             return driver.train(progress)
+
+
+def _check_rounds(batches: Any, shortest: Any, num_steps: int) -> None:
+    """Checks that the longest round can be had, and that others are of its shapes."""
+    longest = get_batch(batches, Task(0, num_steps))
+    shapes = [jax.tree.map(jnp.shape, stack.batches) for stack in (shortest, longest)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "batches(first, num_steps) must return stacks of one shape, that of the longest round, "
+            f"whatever num_steps is; batches(0, 1) has {shapes[0]}, and batches(0, {num_steps}) "
+            f"{shapes[1]}."
+        )
 
 
 def _check_transport_dtype(dtype: Any) -> np.dtype[Any]:
@@ -247,49 +275,3 @@ def _check_transport_dtype(dtype: Any) -> np.dtype[Any]:
     raise TypeError(
         f"transport_dtype must be a floating-point dtype such as jnp.bfloat16; got {dtype!r}."
     )
-
-
-def resize(name: str, num_workers: int) -> None:
-    """Changes the number of workers of a run under way, from another thread, process or machine.
-
-    It returns when the run knows of it. New workers take part as soon as they have started. Those
-    that leave finish what they are computing first. The highest indices come last and go first. A
-    change also replaces the workers that would not come back ("worker gone").
-
-    Args:
-      name: The ``name`` that `train` was called with.
-      num_workers: How many workers there shall be.
-
-    Raises:
-      ImportError: If Ray is not installed.
-      TypeError: If num_workers is no Python integer.
-      ValueError: If it is below 1, or there is no such run. Ray must have been initialised, in
-        another process than the run's with the cluster's address: ``ray.init(address="auto")``.
-
-    Examples:
-      While ``train(..., num_workers=2, name="run", address="auto")`` runs, from another terminal::
-
-        import ray
-        from optax_dcasgd import parameter_server
-        ray.init(address="auto")
-        parameter_server.resize("run", 4)
-    """
-    _arguments.check_integer("num_workers", num_workers, minimum=1)
-    ray = _cluster.import_ray()
-    if not ray.is_initialized():  # Ray would start a cluster of its own
-        raise ValueError(f"Ray has not been initialised in this process. {_JOIN}")
-    from optax_dcasgd.parameter_server._calls import ENDED
-    from optax_dcasgd.parameter_server._driver import NAMESPACE
-
-    is_known = False
-    while not is_known:
-        try:
-            server = ray.get_actor(name, namespace=NAMESPACE)
-            is_known = ray.get(server.resize.remote(num_workers))
-        except ValueError as error:
-            raise ValueError(
-                f"There is no run of the name {name!r} on this Ray cluster. {_JOIN}"
-            ) from error
-        except ENDED:
-            pass  # another server takes its place, or the run has ended
-        time.sleep(_ASK_AGAIN)

@@ -1,5 +1,6 @@
 """The worker: one gradient at the parameters that it is sent."""
 
+import operator
 import time
 import traceback
 from typing import Any, NamedTuple
@@ -8,7 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_dcasgd._gradients import batch_at
 from optax_dcasgd.parameter_server._transport import Layout, Packed
+
+
+class Task(NamedTuple):
+    """What a gradient is computed on."""
+
+    batch: int  # the number of the batch, or of the first
+    num_steps: int | None = None  # how many there are from it on, for a round of local steps
+
+    def __str__(self) -> str:
+        last = self.batch + (self.num_steps or 1) - 1
+        return f"batch {last}" if last == self.batch else f"batches {self.batch} to {last}"
 
 
 class Computed(NamedTuple):
@@ -34,11 +47,12 @@ class _NotFiniteError(_RefusedError):
     """A gradient of the right shapes that is not finite."""
 
 
-def get_batch(batches: Any, index: int) -> Any:
-    """Batch number ``index``: ``batches(index)``, or an entry of each leaf, over and over."""
-    if callable(batches):
-        return batches(index)
-    return jax.tree.map(lambda x: x[index % len(x)], batches)
+def get_batch(batches: Any, task: Task) -> Any:
+    """A batch, on the host if its arrays are there, or a round of batches.
+
+    Numbers are Python's, so that compiled functions see one type.
+    """
+    return batch_at(batches, batches, *task, entry=operator.getitem)
 
 
 def to_host(x: Any) -> Any:
@@ -58,8 +72,9 @@ class Worker:
         params: Layout,
         grads: Layout,  # what grad_fn has to return
         transported: Layout,  # what is sent
+        num_steps: int | None = None,  # of a round to compile for, where there are rounds
     ):
-        self._batches = batches
+        self._batches, self._first = batches, Task(0, num_steps)
         # As data: JAX dispatches calls with a typed key more slowly.
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         impl = jax.random.key_impl(key) if typed else None
@@ -84,25 +99,26 @@ class Worker:
         self._gradient = gradient
 
     def ready(self) -> None:
-        """Compiles the gradient, on batch 0, so that the first real one is not stale for that."""
+        """Compiles the gradient, so that the first real one is not stale for that."""
         try:
             like = zip(self._params.shapes, self._params.dtypes, strict=True)
             zeros = [np.zeros(*x) for x in like]
-            batch = get_batch(self._batches, 0)
+            batch = get_batch(self._batches, self._first)
             params = self._params.treedef.unflatten(zeros)
             jax.block_until_ready(self._gradient(params, batch, self._key, np.int32(0)))
         except BaseException as error:  # what is wrong shows with the real ones
             if _ends_the_process(error):
                 raise
 
-    def gradient(self, index: int, packed: Packed) -> Computed | Refused:
-        """Computes the gradient of batch ``index`` at the packed parameters."""
+    def gradient(self, index: int, num_steps: int | None, packed: Packed) -> Computed | Refused:
+        """Computes the gradient of a `Task` at the packed parameters."""
+        task = Task(index, num_steps)
         start = time.perf_counter()
         leaves: list[Any] = self._params.unpack(packed)
         if not self._params.is_small:
             leaves = [jax.device_put(leaf) for leaf in leaves]  # without a copy, on a CPU
         try:
-            batch = get_batch(self._batches, index)
+            batch = get_batch(self._batches, task)
             loss, grads, *finite = self._gradient(
                 self._params.treedef.unflatten(leaves), batch, self._key, np.int32(index)
             )
@@ -113,13 +129,11 @@ class Worker:
                 where = f" as {dtype}, the transport_dtype" if computed[leaf] else ""
                 raise _NotFiniteError(f"grads{self._params.paths[leaf]} is not finite{where}")
         except _RefusedError as refused:
-            return _refused(f"{refused} (batch {index})", isinstance(refused, _NotFiniteError))
+            return _refused(f"{refused} ({task})", isinstance(refused, _NotFiniteError))
         except BaseException as error:  # a data loader may raise KeyboardInterrupt, CancelledError
             if _ends_the_process(error):
                 raise
-            return _refused(
-                f"grad_fn or batches failed on batch {index}:\n{traceback.format_exc()}"
-            )
+            return _refused(f"grad_fn or batches failed on {task}:\n{traceback.format_exc()}")
         packed = self._transported.pack([np.asarray(leaf) for leaf in grads])
         return Computed(float(loss), time.perf_counter() - start, packed)
 

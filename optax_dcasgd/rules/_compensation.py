@@ -79,18 +79,10 @@ def add_delay_compensation(
       <https://arxiv.org/abs/1609.08326>`_, 2017: equations 10 and 14.
     """
     hyperparams = {"lamda": lamda, "decay": decay, "eps": eps, "clip": clip}
-    check_compensation(**hyperparams)
+    _arguments.check_compensation(**hyperparams)
     return transformation(
         compensate,
         hyperparams,
         nu_like=None if decay is None else lambda params: params,
         accumulator_dtype=_arguments.check_accumulator_dtype(accumulator_dtype),
     )
-
-
-def check_compensation(lamda: Any, decay: Any, eps: Any, clip: Any) -> None:
-    """Checks the hyperparameters of the compensation, here and in `dcasgd`."""
-    _arguments.check_scalar("lamda", lamda, minimum=0.0)
-    _arguments.check_scalar("decay", decay, minimum=0.0, below=1.0, optional=True)
-    _arguments.check_scalar("eps", eps, minimum=0.0)
-    _arguments.check_scalar("clip", clip, minimum=0.0, optional=True)

@@ -13,7 +13,7 @@ import numpy as np
 from optax_dcasgd import _arguments
 
 _FORMAT, _VERSION = "optax_dcasgd.Arrivals", 1
-_ARRAYS = ("worker", "staleness", "time", "barrier", "batch")
+_ARRAYS = ("worker", "staleness", "time", "barrier", "batch", "num_steps")
 
 
 @functools.partial(
@@ -40,6 +40,8 @@ class Arrivals:
       batch: shape (num_updates,), int, or None: the batch of each gradient. None for batch t in
         push t. (In a real run the batch of a slow worker arrives late.)
       num_workers: M, a Python integer, or None for the largest ``worker`` plus one.
+      num_steps: shape (num_updates,), int, or None: for workers that take unequal numbers of
+        `local_updates`, how many batches each push used, from ``batch`` on, which is needed then.
 
     Examples:
       Two workers take turns, and every gradient but the first is one update old:
@@ -58,12 +60,14 @@ class Arrivals:
     barrier: Any = None
     num_workers: int | None = None
     batch: Any = None
+    num_steps: Any = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a file that `load` reads back to the bit, in NumPy's ``.npz`` format.
 
         Its entries: ``format`` ("optax_dcasgd.Arrivals"), ``version`` (1), ``num_workers``, and the
-        arrays ``worker``, ``staleness``, ``time`` and, where known, ``barrier`` and ``batch``.
+        arrays ``worker``, ``staleness``, ``time`` and, where known, ``barrier``, ``batch`` and
+        ``num_steps``.
 
         Args:
           path: The file, written as named; an existing one is replaced.
@@ -146,8 +150,7 @@ def check(arrivals: Any) -> int:
     if len(shape) != 1 or shape[0] == 0:
         raise ValueError(f"arrivals.worker must have shape (num_updates,); got {shape}.")
     columns = [("staleness", jnp.integer), ("worker", jnp.integer), ("time", jnp.floating)]
-    if arrivals.batch is not None:
-        columns.append(("batch", jnp.integer))
+    columns += [(n, jnp.integer) for n in _ARRAYS[4:] if getattr(arrivals, n) is not None]
     for name, kind in columns:
         array = getattr(arrivals, name)
         if jnp.shape(array) != shape:
@@ -171,6 +174,15 @@ def check(arrivals: Any) -> int:
         _check_range("staleness", np.asarray(arrivals.staleness), 0, np.arange(shape[0]))
     if arrivals.batch is not None and not isinstance(arrivals.batch, jax.core.Tracer):
         _check_range("batch", np.asarray(arrivals.batch), 0, np.iinfo(np.int32).max)
+    if arrivals.num_steps is not None:
+        if arrivals.batch is None:
+            raise ValueError(
+                "arrivals.num_steps needs arrivals.batch, the number of the first batch of each "
+                "push; each batch once is batch=np.cumsum(num_steps) - num_steps."
+            )
+        if not isinstance(arrivals.num_steps, jax.core.Tracer):
+            steps = np.asarray(arrivals.num_steps)
+            _check_range("num_steps", steps, 1, np.iinfo(np.int32).max)
     rounds = (shape[0] // num_workers, num_workers)
     if arrivals.barrier is not None and jnp.shape(arrivals.barrier) != rounds:
         raise ValueError(

@@ -24,15 +24,16 @@ def arrivals(
     slowdown: Any = None,
     start: Any = None,
     stop: Any = None,
+    local_steps: Any = None,
 ) -> Arrivals:
     """Simulates M workers that pull parameters, compute a gradient, push it, and pull again.
 
     Only computing takes time. The k-th gradient of worker i takes
-    ``slowdown[i] * compute_time(jax.random.fold_in(jax.random.fold_in(key, i), k))`` seconds,
-    k = 0, 1, …, whatever the other workers do. Pushes of the same moment are applied in the order
-    of the workers' indices. Where this matters, let the times be whole numbers: sums of others are
-    rounded, so that equal times may differ. Each call compiles anew. To make many, call it inside
-    ``jax.jit``.
+    ``slowdown[i] * compute_time(jax.random.fold_in(jax.random.fold_in(key, i), k))`` seconds
+    (times ``local_steps[i]``), k = 0, 1, …, whatever the other workers do. Pushes of the same
+    moment are applied in the order of the workers' indices. Where this matters, let the times be
+    whole numbers: sums of others are rounded, so that equal times may differ. Each call compiles
+    anew. To make many, call it inside ``jax.jit``.
 
     Args:
       key: A JAX random key.
@@ -47,9 +48,14 @@ def arrivals(
         default 0.
       stop: When a worker stops, in seconds. The gradient that it computes then is lost. M numbers,
         or a mapping. By default inf. At least one worker must be present from 0 to inf.
+      local_steps: How many batches a worker takes for a push, with `local_updates`: M integers of
+        at least 1, or a mapping (by default 1). Or one integer, for the fastest worker; the others
+        take fewer, by their ``slowdown``, so that all push equally often. None for one batch a
+        push.
 
     Returns:
       The arrivals, with the barrier times of synchronous training with the same compute times.
+      With ``local_steps`` they have ``batch`` and ``num_steps``, so that each batch is used once.
 
     Raises:
       TypeError: If an argument has no legal type.
@@ -84,6 +90,14 @@ def arrivals(
     start = _per_worker("start", start, num_workers, 0.0)
     stop = _per_worker("stop", stop, num_workers, np.inf)
     _check_presence(slowdown, start, stop)
+    if isinstance(local_steps, int | np.integer):
+        _arguments.check_integer("local_steps", local_steps, minimum=1)
+        steps = (local_steps * slowdown.min() / slowdown).round().clip(1)
+    else:
+        steps = _per_worker("local_steps", local_steps, num_workers, 1.0)
+    if isinstance(steps, np.ndarray) and not np.all((steps >= 1) & (steps == np.rint(steps))):
+        raise ValueError(f"local_steps must be integers of at least 1; got {local_steps}.")
+    slowdown = slowdown * steps
 
     def simulate(key: Any, slowdown: Any, start: Any, stop: Any) -> Any:
         def duration(i: Any, k: Any) -> Any:
@@ -121,7 +135,11 @@ def arrivals(
     is_legal, worker, staleness, time, barrier = jax.jit(simulate)(key, slowdown, start, stop)
     if not isinstance(is_legal, jax.core.Tracer) and not is_legal:
         raise ValueError("compute_time must return finite numbers, none below zero.")
-    return Arrivals(worker, staleness, time, barrier, int(num_workers))
+    made = Arrivals(worker, staleness, time, barrier, int(num_workers))
+    if local_steps is None:
+        return made
+    used = jnp.asarray(steps, jnp.int32)[worker]
+    return dataclasses.replace(made, batch=jnp.cumsum(used) - used, num_steps=used)
 
 
 @jax.tree_util.register_dataclass

@@ -1,5 +1,6 @@
 """A progress bar for a compiled loop, which calls Python about once a second."""
 
+import concurrent.futures
 import time
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import io_callback
+from jax.extend.core import get_opaque_trace_state
 
 _INTERVAL = 1.0  # seconds
 
@@ -60,3 +62,9 @@ class Bar:
         if exc_type is None:
             self._bar.update(self._bar.total - self._bar.n)
         self._bar.close()
+
+
+def is_traced() -> bool:
+    """Whether this is called under ``jit``, ``vmap`` or the like, whatever it is called with."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # in which nothing is traced
+        return bool(thread.submit(get_opaque_trace_state).result() != get_opaque_trace_state())

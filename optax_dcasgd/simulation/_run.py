@@ -1,6 +1,5 @@
 """`run`: training in the order of given arrivals, as one compiled loop."""
 
-import concurrent.futures
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,13 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.extend.core import get_opaque_trace_state
 
 from optax_dcasgd import _arguments, _checks, _trees
-from optax_dcasgd._gradients import GradFn, batch_at, check_batches, check_grad_fn, row
+from optax_dcasgd._gradients import (
+    GradFn,
+    batch_at,
+    batch_of_push,
+    check_batches,
+    check_grad_fn,
+    row,
+)
 from optax_dcasgd.simulation import _arrivals, _steps
 from optax_dcasgd.simulation._arrivals import Arrivals
-from optax_dcasgd.simulation._progress import Bar
+from optax_dcasgd.simulation._progress import Bar, is_traced
 from optax_dcasgd.simulation._steps import Step
 
 
@@ -84,7 +89,8 @@ def run(
         to be in memory: ``lambda t: (x[index[t]], y[index[t]])``. (Of a list of batches make such
         a pytree: ``jax.tree.map(lambda *x: jnp.stack(x), *batches)``.) With ``arrivals.batch``,
         push t uses batch ``arrivals.batch[t]`` and its key. The leading axis may then have any size
-        n: batch i is ``leaf[i % n]``.
+        n: batch i is ``leaf[i % n]``. With ``arrivals.num_steps`` too, a function: ``grad_fn`` gets
+        ``LocalBatches(batches(first, num_steps), num_steps)``, both numbers traced.
       arrivals: From `arrivals`, or `Arrivals` that a real run recorded.
       mode: "async", "sync" or "sequential", as above.
       evaluate: ``evaluate(params)``, traceable, returns a pytree of arrays; or None.
@@ -149,9 +155,15 @@ def run(
     _checks.check_arrays("params", params, _checks.OF_EQUINOX)
     params = _trees.copy(params)  # arrays of their own dtype, none of them weak
     num_updates = jnp.shape(arrivals.worker)[0]
-    check_batches(batches, num_updates if arrivals.batch is None else None)
-    check_grad_fn(grad_fn, params, batches, key)
+    in_rounds = arrivals.num_steps is not None
+    check_batches(batches, num_updates if arrivals.batch is None else None, in_rounds=in_rounds)
+    check_grad_fn(grad_fn, params, batches, key, arrivals.num_steps)
     if mode == "sync":
+        if in_rounds:
+            raise ValueError(
+                'arrivals.num_steps is of asynchronous pushes; mode="sync" has others. There let '
+                "batches(t) return LocalBatches, for worker t % M."
+            )
         num_updates //= num_workers
         if num_updates == 0:
             raise ValueError(
@@ -162,18 +174,16 @@ def run(
     num_slots, slots_known = 1, True
     if mode == "async":
         slots_known = not isinstance(arrivals.staleness, jax.core.Tracer)
-        num_slots = (
-            _steps.num_slots(np.asarray(arrivals.staleness, np.int64))
-            if slots_known
-            else num_workers
-        )
-    bar = Bar(num_updates) if progress and not _is_traced() else None
+        num_slots = num_workers
+        if slots_known:
+            num_slots = _steps.num_slots(np.asarray(arrivals.staleness, np.int64))
+    bar = Bar(num_updates) if progress and not is_traced() else None
 
     def train(params: Any, data: Any, arrivals: Arrivals, key: jax.Array) -> Result:
         def gradient(params: Any, t: jax.Array) -> Any:
-            if arrivals.batch is not None:
-                t = jnp.asarray(arrivals.batch, jnp.int32)[t]
-            return grad_fn(params, batch_at(batches, data, t), jax.random.fold_in(key, t))
+            index, num_steps = batch_of_push(arrivals, t)
+            batch = batch_at(batches, data, index, num_steps)
+            return grad_fn(params, batch, jax.random.fold_in(key, index))
 
         def update(carry: _Carry, step: Step) -> tuple[_Carry, jax.Array]:
             params, state, versions, report_at = carry
@@ -230,12 +240,6 @@ def run(
         with bar:
             result = jax.block_until_ready(jax.jit(train)(*inputs))
     return result
-
-
-def _is_traced() -> bool:
-    """Whether this is called under ``jit``, ``vmap`` or the like, whatever it is called with."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # in which nothing is traced
-        return bool(thread.submit(get_opaque_trace_state).result() != get_opaque_trace_state())
 
 
 class _Carry(NamedTuple):

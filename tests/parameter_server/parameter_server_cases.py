@@ -45,6 +45,48 @@ def rounds_of_four(params, batch, key):
     return _local(params, jax.tree.map(lambda x: x.reshape(4, 4, -1), batch), key)
 
 
+class Rounds:
+    """At most four batches, from number ``first`` on; who computes one of these numbers dies once.
+
+    ``pause`` is of one step, and five times as long in one of the workers.
+    """
+
+    grad_fn = staticmethod(_local)
+
+    def __init__(self, directory=None, indices=(), pause=0.0, slow_process=None):
+        self.directory, self.indices, self.pause = str(directory), indices, pause
+        self.slow = slow_process
+
+    def __call__(self, first, num_steps):
+        if isinstance(first, int):  # on Ray
+            time.sleep(num_steps * self.pause)
+            if self.slow is not None and first > 0 and slowest(self.slow):
+                time.sleep(4 * num_steps * self.pause)
+            for i in self.indices:
+                if first <= i < first + num_steps and once(f"{self.directory}/fault-{i}"):
+                    die(None)
+        index = (first + jnp.arange(4)) % 64
+        return jnp.asarray(X)[index], jnp.asarray(Y)[index]
+
+
+def numpy_round(params, first, num_steps, rate=0.02):
+    """The mean loss and the sum of the steps, negative, by hand."""
+    hidden, out, losses = dict(params["hidden"]), params["out"], []
+    for i in range(first, first + num_steps):
+        x, y = X[i % 64], Y[i % 64]
+        h = np.tanh(x @ hidden["w"] + hidden["b"])
+        losses.append(np.mean((h @ out - y) ** 2))
+        error = 2 * (h @ out - y) / y.size
+        inner = error @ out.T * (1 - h**2)
+        hidden["w"], hidden["b"] = (
+            hidden["w"] - rate * x.T @ inner,
+            hidden["b"] - rate * inner.sum(0),
+        )
+        out = out - rate * h.T @ error
+    after = {"hidden": hidden, "out": out}
+    return np.mean(losses), jax.tree.map(lambda before, now: before - now, params, after)
+
+
 def padded(params):
     """Too large for a message."""
     return {"model": params, "padding": np.ones((300, 200), np.float32)}
@@ -132,6 +174,15 @@ class Unloadable(Batches):
 
     def __setstate__(self, state):
         raise ModuleNotFoundError("no module named as my data set")
+
+
+class UnloadableOnce(Signed):
+    """Fails to arrive in the first process."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if once(f"{self.directory}-failed"):
+            raise ModuleNotFoundError("no module named as my data set")
 
 
 def deadly_tx(caller, at, error=None):

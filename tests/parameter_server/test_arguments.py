@@ -46,16 +46,31 @@ def test_resizing_where_there_is_no_run(is_initialized, told, monkeypatch):
         ({"transport_dtype": "bf16"}, TypeError, "transport_dtype must be a float.* got 'bf16'"),
         ({"transport_dtype": np.ones(2)}, TypeError, "transport_dtype must be a float.* such as"),
         ({"transport_dtype": jnp.int8}, TypeError, "transport_dtype must be a float.* got.*int8"),
+        ({"local_steps": [1, 2]}, ValueError, "local_steps must be one integer, .* or 1, one a"),
+        (
+            {"local_steps": 3},
+            TypeError,
+            r"batches must be a function \(first, num_steps\) -> stack",
+        ),
+        (
+            {"local_steps": 3, "batches": lambda i, n: np.ones(2)},
+            ValueError,
+            r"num_steps=3 it returned shape \(2,\) for batches\.$",
+        ),
+        (
+            {"local_steps": 3, "batches": lambda i, n: np.ones(n)},
+            ValueError,
+            r"of one shape.* batches\(0, 1\) has \(1,\), and batches\(0, 3\) \(3,\)",
+        ),
     ],
 )
 def test_what_train_refuses(options, error, told, monkeypatch):
     monkeypatch.setattr(ray, "init", None)  # or it would be a test of Ray
-    params, batches = jnp.zeros(2), jnp.ones((3, 2))
+    params = jnp.zeros(2)
     with pytest.raises(error, match=told):
         parameter_server.train(
             lambda params, batch, key: (params.sum(), params),
             params,
             optax.sgd(0.1),
-            batches,
-            **{"num_workers": 1, "num_updates": 1, "progress": False, **options},
+            **{"batches": jnp.ones((3, 2)), "num_workers": 1, "num_updates": 1, **options},
         )

@@ -168,6 +168,21 @@ def test_a_directory_without_a_checkpoint_that_can_be_read(tmp_path):
         pass
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_checkpoint_of_another_release_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(_checkpoint, "_FORMAT", "optax_dcasgd.parameter_server/2")
+    checkpoints = _checkpoint.Checkpoints(str(tmp_path))
+    checkpoints.save(5, snapshot(5, [np.ones(3)], []))
+    checkpoints.wait()
+    checkpoints.close()
+    monkeypatch.undo()
+    with (
+        pytest.raises(ValueError, match=r"can be read \(5: .* of another release, .*server/2'\)"),
+        _checkpoint.claimed(tmp_path, ["lines"], resume=True, num_updates=10),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("errors", "version"),
     [

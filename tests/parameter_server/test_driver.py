@@ -15,7 +15,14 @@ from optax_dcasgd.parameter_server._transport import Layout
 
 STATUS = _server.Status(
     **{"version": 1, "loss": 0.0, "staleness": 0.0, "events": [], "num_workers": 2},
-    **{"retired": [], "gone": [], "starting": [], "took_part": {0, 1}, "failure": None},
+    **{
+        "wish": None,
+        "retired": [],
+        "gone": [],
+        "starting": [],
+        "took_part": {0, 1},
+        "failure": None,
+    },
 )
 OUT_OF_MEMORY = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low")
 
@@ -122,20 +129,22 @@ def test_why_there_is_no_server(error, told, start):
         driver.train(progress=False)
 
 
-def test_a_worker_that_is_gone_is_made_anew_when_the_number_changes(start):
-    """And not before: it would be gone again, for ever."""
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_that_is_gone_is_made_anew_when_one_is_wished(num_workers, start):
+    """And not before: it would be gone again, for ever. The number may be the same."""
     gone, other = STATUS._replace(version=0, gone=[0]), STATUS._replace(version=0)
-    resized = STATUS._replace(version=0, num_workers=1)
-    statuses = [gone, other, resized, resized, STATUS._replace(num_workers=1, retired=[1])]
-    server = healthy(advance=statuses)
+    resized = other._replace(num_workers=num_workers)
+    left = list(range(num_workers, 2))
+    last = STATUS._replace(num_workers=num_workers, retired=left)
+    server = healthy(advance=[gone, other, resized._replace(wish="this"), resized, last])
     with start(server) as driver:
         before = dict(driver._workers)
         driver.train(progress=False)
-        assert driver._workers.keys() == {0}
+        assert driver._workers.keys() == set(range(num_workers))
         assert driver._workers[0] is not before[0]
     assert not any(worker.is_alive for worker in before.values())
     (attached,) = [call for call in server.calls if call[0] == "attach"]
-    assert attached[2] == 1
+    assert attached[2:] == (num_workers, "this")
     assert attached[1][1] is before[1]
 
 

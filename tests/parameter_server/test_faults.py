@@ -129,6 +129,25 @@ def test_workers_that_come_and_go(tmp_path):
     assert_sound(result)
 
 
+def test_a_worker_that_could_not_be_started_is_tried_again(tmp_path):
+    """By a wish for the number that there should be already."""
+    signs = tmp_path / "signs"
+    signs.mkdir()
+
+    def wish():
+        wait_until(lambda: len(list(signs.iterdir())) == 2)
+        wait_until((tmp_path / "signs-failed").exists)
+        time.sleep(3)
+        parameter_server.resize("again", 3)
+        wait_until(lambda: len(list(signs.iterdir())) == 3)
+
+    with meanwhile(wish):
+        result = train(2000, batches=cases.UnloadableOnce(signs, pause=0.02), name="again")
+    assert kinds(result) == {"worker gone": 1}
+    assert set(result.history.worker[-100:].tolist()) == {0, 1, 2}
+    assert_sound(result)
+
+
 def test_resizing_what_is_not_there():
     with pytest.raises(ValueError, match="no run of the name 'nobody'"):
         parameter_server.resize("nobody", 3)

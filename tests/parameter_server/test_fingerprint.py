@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from parameter_server_cases import PARAMS, TX, X, Y, grad_fn
+from parameter_server_cases import PARAMS, TX, Rounds, X, Y, grad_fn
 
 from optax_dcasgd import add_delay_compensation
 from optax_dcasgd.parameter_server._fingerprint import changes, fingerprint
+from optax_dcasgd.parameter_server._worker import Task, get_batch
 
 COUNT = itertools.count()
 
@@ -33,8 +34,7 @@ def of(**other):
     """Of these arguments, made anew as another process would."""
     rebuilt = optax.chain(add_delay_compensation(), optax.sgd(0.02, momentum=0.9))
     run = {"grad_fn": grad_fn, "params": PARAMS, "tx": rebuilt, "batches": (X, Y), **other}
-    batches = run["batches"]
-    batch = batches(0) if callable(batches) else jax.tree.map(lambda x: x[0], batches)
+    batch = get_batch(run["batches"], run.get("first", Task(0)))
     return fingerprint(**{"key": jax.random.key(0), **run}, batch=batch)
 
 
@@ -62,6 +62,18 @@ def of(**other):
 def test_what_has_changed_is_seen(name, this, other):
     assert changes(of(**{name: this}), of(**{name: this})) == []
     assert changes(of(**{name: this}), of(**{name: other})) == [name]
+
+
+def test_another_round_is_seen():
+    def of_rounds(shift):
+        return of(
+            grad_fn=Rounds.grad_fn,
+            batches=lambda first, num_steps: (X[first + shift :][:4], Y[first + shift :][:4]),
+            first=Task(0, 1),
+        )
+
+    assert changes(of_rounds(0), of_rounds(0)) == []
+    assert changes(of_rounds(0), of_rounds(1)) == ["batches"]
 
 
 def test_what_cannot_be_compared_does_not_differ():

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,28 +45,37 @@ def test_a_directory_is_for_one_run_and_then_for_the_next(tmp_path):
 
 
 HOLD = """
-import sys, time
+import os, sys, time
 from optax_dcasgd.parameter_server import _lock
 with _lock.held(sys.argv[1]):
-    print("held", flush=True)
+    if "fork" not in sys.argv:
+        print(0, flush=True)
+    elif os.fork() == 0:
+        print(os.getpid(), flush=True)
     time.sleep(600)
 """
 
 
-def test_a_killed_run_can_be_resumed_at_once(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+@pytest.mark.parametrize("how", ["alone", "fork"])
+def test_a_killed_run_can_be_resumed_at_once(how, tmp_path):
+    """Also if a process that it has forked, of a data loader, say, lives on."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path), how]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        with (
-            pytest.raises(ValueError, match=f"process {process.pid} on"),
-            _lock.held(str(tmp_path)),
-        ):
-            pass
-        process.kill()
-        process.wait()
-        start = time.monotonic()
-        with _lock.held(str(tmp_path)):
-            assert time.monotonic() - start < _lock._BEAT  # it does not watch the file
+        child = int(process.stdout.readline())
+        try:
+            with (
+                pytest.raises(ValueError, match=f"process {process.pid} on"),
+                _lock.held(str(tmp_path)),
+            ):
+                pass
+            process.kill()
+            process.wait()
+            start = time.monotonic()
+            with _lock.held(str(tmp_path)):
+                assert time.monotonic() - start < _lock._BEAT  # it does not watch the file
+        finally:
+            if child:
+                os.kill(child, signal.SIGKILL)  # it lived on
 
 
 def beat(path, times):

@@ -68,7 +68,7 @@ def test_what_rays_metrics_are_told(monkeypatch):
 
 def book_with_dropped(batch, worker):
     book = Book(None)
-    assert [book.pull(worker, None, is_alone=False) for _ in range(batch + 1)][-1] == batch
+    assert [book.pull(worker, None, is_alone=False) for _ in range(batch + 1)][-1] == (batch, None)
     book.drop(book.answered(worker))
     return book
 
@@ -83,22 +83,22 @@ def book_with_dropped(batch, worker):
 )
 def test_a_dropped_batch_is_for_another_worker_if_there_is_one(index, is_alone, chosen):
     book = book_with_dropped(5, worker=0)
-    assert book.pull(index, None, is_alone=is_alone) == chosen
-    assert book.pull(1, None, is_alone=False) == {6: 5, 5: 6}[chosen]
+    assert book.pull(index, None, is_alone=is_alone).batch == chosen
+    assert book.pull(1, None, is_alone=False).batch == {6: 5, 5: 6}[chosen]
 
 
 @pytest.mark.parametrize(("num_workers", "most"), [(1, 2), (4, 4)])
 def test_a_batch_over_which_more_workers_are_lost_than_there_are_is_refused(num_workers, most):
     book = Book(None)
     for _ in range(most):
-        assert book.pull(0, None, is_alone=True) == 0
+        assert book.pull(0, None, is_alone=True).batch == 0
         assert book.lost(0, num_workers) is None
-    assert book.pull(0, None, is_alone=True) == 0
+    assert book.pull(0, None, is_alone=True).batch == 0
     pull, reason = book.lost(0, num_workers)
-    assert pull.batch == 0
+    assert pull.task == (0, None)
     assert reason == f"{most + 1} workers were lost over batch 0"
     assert book.lost(0, num_workers) is None  # it has nothing to do
-    assert book.pull(0, None, is_alone=True) == 1
+    assert book.pull(0, None, is_alone=True).batch == 1
 
 
 def test_what_is_under_way_is_computed_again_after_a_restart():
@@ -109,7 +109,7 @@ def test_what_is_under_way_is_computed_again_after_a_restart():
     book.pull(1, None, is_alone=False)
     restored = Book(None)
     restored.restore(book.to_save())
-    assert [restored.pull(0, None, is_alone=False) for _ in range(4)] == [0, 1, 2, 3]
+    assert [restored.pull(0, None, is_alone=False).batch for _ in range(4)] == [0, 1, 2, 3]
 
 
 class Actor:
@@ -159,10 +159,10 @@ def test_a_worker_that_does_not_come(error, is_gone, monkeypatch):
         calls.start(0, actor)
     answers.append(None)
     assert calls.wait(0.1) == [(0, _calls.Ready())]
-    calls.send(0, 7, b"params")
+    calls.send(0, _worker.Task(7), b"params")
     ((_, news),) = calls.wait(0.1)
     assert type(news) is _calls.Lost  # in the middle of a task, whatever the error
-    assert actor.calls[-2:] == [(7, b"params"), ()]
+    assert actor.calls[-2:] == [(7, None, b"params"), ()]
 
 
 TASK_ERROR = ray.exceptions.RayTaskError(
@@ -182,7 +182,7 @@ def test_a_fault_of_a_worker_itself_is_one_of_its_batch(monkeypatch):
     monkeypatch.setattr(ray, "get", lambda ref: None)
     calls.wait(0.1)
     monkeypatch.setattr(ray, "get", get)
-    calls.send(0, 7, b"params")
+    calls.send(0, _worker.Task(7), b"params")
     assert calls.wait(0.1) == [(0, _worker.Refused("MemoryError: no"))]
     calls.start(1, actor)
     assert calls.wait(0.1) == [(1, _calls.Gone("MemoryError: no"))]
@@ -214,7 +214,7 @@ def test_a_worker_survives_what_batches_raise(error, told):
 
     worker, layout = make_worker(lambda *_: None, batches, PARAMS)
     worker.ready()
-    refused = worker.gradient(7, layout.pack(jax.tree.leaves(PARAMS)))
+    refused = worker.gradient(7, None, layout.pack(jax.tree.leaves(PARAMS)))
     assert isinstance(refused, _worker.Refused)
     assert "failed on batch 7:\n" in refused.reason
     assert told in refused.reason
@@ -225,14 +225,17 @@ def test_a_worker_does_not_survive_what_ends_its_process():
     worker, layout = make_worker(
         lambda *_: None, lambda i: raise_sys_exit_with_custom_error_message("SIGTERM"), PARAMS
     )
-    for call in (worker.ready, lambda: worker.gradient(7, layout.pack(jax.tree.leaves(PARAMS)))):
+    for call in (
+        worker.ready,
+        lambda: worker.gradient(7, None, layout.pack(jax.tree.leaves(PARAMS))),
+    ):
         with pytest.raises(SystemExit):
             call()
 
 
 def test_a_model_without_parameters():
     worker, layout = make_worker(lambda params, *_: (jnp.ones(()), params), lambda i: i, {})
-    computed = worker.gradient(0, layout.pack([]))
+    computed = worker.gradient(0, None, layout.pack([]))
     assert (computed.loss, computed.packed) == (1.0, b"")
 
 
@@ -245,10 +248,10 @@ def test_one_number_that_is_not_finite_is_found(bad, where):
         lambda params, batch, key: (jnp.zeros(()), {"w": batch}), lambda i: grad, {"w": grad}
     )
     packed = layout.pack([grad])
-    assert isinstance(worker.gradient(0, packed), _worker.Computed)
+    assert isinstance(worker.gradient(0, None, packed), _worker.Computed)
     grad[where] = bad
     told = "grads['w'] is not finite (batch 0)"
-    assert worker.gradient(0, packed) == _worker.Refused(told, True)
+    assert worker.gradient(0, None, packed) == _worker.Refused(told, True)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +270,7 @@ def test_a_gradient_has_to_be_finite_as_it_is_sent(dtype, largest):
             grads,
             dtype,
         )
-        return worker.gradient(0, layout.pack(jax.tree.leaves(grads)))
+        return worker.gradient(0, None, layout.pack(jax.tree.leaves(grads)))
 
     assert isinstance(answer(dtype), _worker.Computed)
     grads["b"][1] *= 1.005 if dtype == jnp.bfloat16 else 1.1

@@ -117,16 +117,20 @@ def two(server):
     return server
 
 
-def test_a_worker_that_is_gone_can_be_replaced(two):
-    """The one that is left has to leave; the driver, which is to make the other, hears of both."""
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_that_is_gone_can_be_replaced(num_workers, two):
+    """The one that is left may have to leave; the driver, which makes the other, hears of both."""
     lose(two, 0)
-    assert not two.resize(1)
+    assert not two.resize(num_workers, "mine")
     status = two.advance(0.0)
-    assert (status.gone, status.retired, status.num_workers) == ([0], [1], 1)
-    assert status.failure is None
-    two.attach({0: mock.Mock()}, 1)
+    left = [1] if num_workers == 1 else []
+    assert (status.gone, status.retired, status.num_workers) == ([0], left, num_workers)
+    assert (status.wish, status.failure) == ("mine", None)
+    assert not two.resize(num_workers, "mine")
+    two.attach({0: mock.Mock()}, num_workers, "mine")
+    assert two.resize(num_workers, "mine")
     status = two.advance(0.0)
-    assert (status.gone, status.starting, status.failure) == ([], [0], None)
+    assert (status.gone, status.starting, status.wish, status.failure) == ([], [0], None, None)
 
 
 @pytest.mark.parametrize("first", ["gone", "retired"])

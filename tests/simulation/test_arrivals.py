@@ -129,7 +129,7 @@ def test_saved_and_loaded(tmp_path, recorded):
     t = np.arange(20, dtype=np.int32)
     arrivals = Arrivals(t % 3, np.minimum(t, 2), np.float32(0.3) * t)
     if recorded:
-        arrivals = dataclasses.replace(arrivals, batch=t[::-1], num_workers=4)
+        arrivals = dataclasses.replace(arrivals, batch=t[::-1], num_steps=t + 1, num_workers=4)
     else:
         barrier = np.arange(18, dtype=np.float32).reshape(6, 3)
         arrivals = dataclasses.replace(arrivals, barrier=barrier)
@@ -192,6 +192,9 @@ def test_a_wrong_file_is_refused(tmp_path):
             ValueError,
             r"compute_time must return a scalar.*shape \(4,\)",
         ),
+        ({"local_steps": 0}, ValueError, "local_steps must be at least 1"),
+        ({"local_steps": [1, 0, 2]}, ValueError, "local_steps must be integers of at least 1"),
+        ({"local_steps": [1, 1.5, 2]}, ValueError, "local_steps must be integers of at least 1"),
         ({"slowdown": 2.0}, ValueError, "slowdown must be 3 numbers"),
         ({"slowdown": {0: "a"}}, ValueError, "slowdown must be 3 numbers"),
         ({"slowdown": {3: 1.0}}, ValueError, "slowdown names worker 3"),
