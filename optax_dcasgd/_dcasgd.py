@@ -83,9 +83,9 @@ def dcasgd(
           backup a worker, is ``remember_params(dcasgd(..., store=None), num_workers=M)``.
       accumulator_dtype: The dtype of the momentum and of ν; by default float32 or that of the
         parameter, whichever is wider.
-      implementation: ``"xla"``; ``"pallas"`` for one kernel a parameter, on TPUs and on NVIDIA GPUs
-        from Hopper on, for parameters and state in float32, bfloat16 or (on GPUs) float16; or None
-        for XLA, as no kernel has been measured to be faster yet.
+      implementation: None or ``"xla"`` for XLA; or ``"pallas"`` for kernels, for parameters and state
+        in float32, bfloat16 or (on GPUs) float16. On an NVIDIA GPU, from Hopper on, one kernel
+        updates many arrays: ask for it with `fused_dcasgd` where there are many.
 
         On a mesh with Explicit axes the kernel runs on each shard. On one with Auto axes it has to
         be called inside ``jax.shard_map`` over all of them (on GPUs with ``check_vma=False``).
