@@ -83,9 +83,9 @@ def dcasgd(
           backup a worker, is ``remember_params(dcasgd(..., store=None), num_workers=M)``.
       accumulator_dtype: The dtype of the momentum and of ν; by default float32 or that of the
         parameter, whichever is wider.
-      implementation: None or ``"xla"`` for XLA; or ``"pallas"`` for kernels, for parameters and state
-        in float32, bfloat16 or (on GPUs) float16. On an NVIDIA GPU, from Hopper on, one kernel
-        updates many arrays: ask for it with `fused_dcasgd` where there are many.
+      implementation: None or ``"xla"`` for XLA; ``"pallas"`` for kernels, for parameters and state in
+        float32, bfloat16 or (on GPUs) float16. Where there are many arrays, ask `fused_dcasgd` for
+        them: on NVIDIA GPUs, from Hopper on, one kernel updates up to 64.
 
         On a mesh with Explicit axes the kernel runs on each shard. On one with Auto axes it has to
         be called inside ``jax.shard_map`` over all of them (on GPUs with ``check_vma=False``).
