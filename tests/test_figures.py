@@ -207,13 +207,14 @@ def test_what_the_pages_outside_the_manual_link_to_is_there(name):
 )
 def test_a_table_of_cells_is_what_the_example_prints(script, where, heading):
     module, methods, report = map(load, (script, "stale_methods", "stale_report"))
-    file = RESULTS / script / "cells.jsonl"
-    entries = [json.loads(line) for line in file.read_text().splitlines()]
-    cells = methods.Grid(file, entries[0]["settings"]).finished([e["name"] for e in entries])
-    updates = module.EVALUATE_EVERY * np.arange(1, 1 + cells[0]["loss"].shape[1])
-    printed = [
-        report.tables(name, of, updates, module.MEASURE) for name, of, _ in report.groups(cells)
-    ]
+    printed = []
+    for file in (RESULTS / script).rglob("cells.jsonl"):
+        entries = [json.loads(line) for line in file.read_text().splitlines()]
+        cells = methods.Grid(file, entries[0]["settings"]).finished([e["name"] for e in entries])
+        updates = module.EVALUATE_EVERY * np.arange(1, 1 + cells[0]["loss"].shape[1])
+        printed += [
+            report.tables(name, of, updates, module.MEASURE) for name, of, _ in report.groups(cells)
+        ]
     section = page(where).partition(heading)[2].partition("\n## ")[0]
     _, *rows = [line for line in section.splitlines() if line.startswith("| ")]
     assert len(rows) > 2
