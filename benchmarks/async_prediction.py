@@ -15,7 +15,7 @@ its file of finished cells:
     python benchmarks/async_prediction.py --out out
     python benchmarks/async_prediction.py --problem mnist --out out/mnist
 
-In the end it prints one table of all of them, made from ``grid.csv``.
+In the end it prints one table of all of them, made from ``grid.csv`` and ``test_error.csv``.
 """
 
 import csv
@@ -132,32 +132,31 @@ class Trainer(compare_async.Trainer):
         return super()._evaluate(params.now, data)
 
 
-def error(row: dict[str, str]) -> float:
-    """The mean test error in percent; infinite where a seed diverged."""
-    return 100 * float(row["test_error_mean"] or "inf")
+def error(row: dict[str, str]) -> str:
+    """The mean test error in percent; not that of some seeds."""
+    return f"{100 * float(row['test_error_mean']):.1f}" if row["test_error_mean"] else "diverged"
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    """Of grid.csv: test errors in percent, at the best learning rate and at the middle one."""
-    kinds = sorted({(float(row["momentum"]), int(row["workers"])) for row in rows})
+def table(grid: list[dict[str, str]], chosen: list[dict[str, str]]) -> str:
+    """Of grid.csv and test_error.csv: at the best learning rate, and at the middle one."""
+
+    def kind(row: dict[str, str]) -> tuple[float, int]:
+        return float(row["momentum"]), int(row["workers"])
+
+    kinds = sorted({kind(row) for row in grid})
     head = [f"M = {m}" + f", momentum {mu:g}" * (mu > 0) for mu, m in kinds]
     lines = [["", *head, "under 5 %"], ["---"] * (len(kinds) + 2)]
-    for name in dict.fromkeys(row["method"] for row in rows):
-        entries, good = [], 0
-        for mu, m in kinds:
-            cells = [
-                row
-                for row in rows
-                if row["method"] == name
-                and (float(row["momentum"]), int(row["workers"])) == (mu, m)
-            ]
-            cells.sort(key=lambda row: float(row["learning_rate"]))
-            # As compare_async.py chooses: by the validation images.
-            best = min(cells, key=lambda row: float(row["validation_error_mean"] or "inf"))
-            middle = cells[len(cells) // 2]
-            entries.append(f"{error(best):.1f} ({best['learning_rate']}); {error(middle):.1f}")
-            good += sum(error(row) < 5 for row in cells)
-        lines.append([name, *entries, f"{good} of {len(cells) * len(kinds)}"])
+    for name in dict.fromkeys(row["method"] for row in grid):
+        cells = [row for row in grid if row["method"] == name]
+        entries = []
+        for which in kinds:
+            of_kind = [row for row in cells if kind(row) == which]
+            of_kind.sort(key=lambda row: float(row["learning_rate"]))
+            middle = error(of_kind[len(of_kind) // 2])
+            (best,) = [row for row in chosen if (row["method"], *kind(row)) == (name, *which)]
+            entries.append(f"{error(best)} ({best['learning_rate']}); {middle}")
+        good = sum(float(row["test_error_mean"] or "inf") < 0.05 for row in cells)
+        lines.append([name, *entries, f"{good} of {len(cells)}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -167,8 +166,9 @@ def main() -> None:
     compare_async.Trainer = Trainer  # type: ignore[misc]
     argv = ["--workers", "8", "32", *sys.argv[1:]]
     compare_async.main(argv)
-    with (compare_async.parse_args(argv).out / "grid.csv").open() as file:
-        print(f"\n{table(list(csv.DictReader(file)))}")
+    out = compare_async.parse_args(argv).out
+    files = [(out / name).read_text().splitlines() for name in ("grid.csv", "test_error.csv")]
+    print(f"\n{table(*(list(csv.DictReader(lines)) for lines in files))}")
 
 
 if __name__ == "__main__":

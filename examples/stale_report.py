@@ -202,7 +202,8 @@ def plot_overhead(cells: list[Cell], updates: np.ndarray, measure: Measure, path
         )
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("updates for the same loss, fresh = 1")
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2 * min(2, len(points)))
+    ncols = 2 * min(2, len(points))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=ncols)
     figure.savefig(path, dpi=150)
 
 

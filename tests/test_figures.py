@@ -122,6 +122,13 @@ def test_the_tables_and_sentences_of_compare_async(study):
         assert line in text, line
 
 
+def test_the_table_of_async_prediction(monkeypatch):
+    files = [RESULTS / "async_prediction" / name for name in ("grid.csv", "test_error.csv")]
+    rows = [list(csv.DictReader(file.read_text().splitlines())) for file in files]
+    table = benchmark("async_prediction", monkeypatch).table(*rows)
+    assert f"\n{table}\n" in page("docs/asynchronous.md")
+
+
 ROBUST = {  # the rows' names in the page
     "`robust_delay_compensation()`": "robust",
     "the step divided by √τ": "lr/√τ",
