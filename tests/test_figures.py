@@ -123,6 +123,7 @@ def test_the_tables_and_sentences_of_compare_async(study):
 
 
 def test_the_table_of_async_prediction(monkeypatch):
+    load("compare_async")  # on which the script builds, with the module `common` of the examples
     files = [RESULTS / "async_prediction" / name for name in ("grid.csv", "test_error.csv")]
     rows = [list(csv.DictReader(file.read_text().splitlines())) for file in files]
     table = benchmark("async_prediction", monkeypatch).table(*rows)
