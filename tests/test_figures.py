@@ -130,6 +130,14 @@ def test_the_table_of_async_prediction(monkeypatch):
     assert f"\n{table}\n" in page("docs/asynchronous.md")
 
 
+def test_the_tables_of_local_steps():
+    section = page("docs/local_steps.md").partition("### MNIST")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| H=16 ")]
+    made = (RESULTS / "local_steps" / "mnist" / "tables.md").read_text().splitlines()
+    assert len(rows) == 12
+    assert {*rows} <= {*made}
+
+
 ROBUST = {  # the rows' names in the page
     "`robust_delay_compensation()`": "robust",
     "the step divided by √τ": "lr/√τ",
