@@ -9,6 +9,9 @@ momentum, Adam and Muon. Run it with
 
     python examples/overlapped_data_parallel.py --quick
     python examples/overlapped_data_parallel.py
+    python examples/overlapped_data_parallel.py --delay 8 --batch-size 32
+
+With ``--delay 8`` the mean is on its way for eight steps instead of one.
 
 It prints the test accuracies at every learning rate, says which of them differ from fresh training,
 and saves the tables (``tables.md``) and the curves (``curves.png``). Every finished cell
@@ -29,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import stale_methods
-from common import number
+from common import count, number
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -38,7 +41,12 @@ from stale_report import Measure, run
 from tqdm import tqdm
 from train_flax import CNN, TRAIN_IMAGES, batches, load_data
 
-from optax_dcasgd import OverlapReductionState, overlap_reduction, predict_params
+from optax_dcasgd import (
+    OverlapReductionState,
+    delay_gradients,
+    overlap_reduction,
+    predict_params,
+)
 
 DEVICES = 8  # virtual ones, on the CPU
 EVALUATE_EVERY = 20  # updates
@@ -50,18 +58,18 @@ QUICK = {"updates": 120, "seeds": 3, "methods": ["fresh", "stale", "predicted+ro
 QUICK |= {"sgd_rates": [0.02, 0.1], "adam_rates": [], "muon_rates": []}
 
 
-def make_steps(
-    optimizer: str, overlapped: bool, graphdef: nnx.GraphDef, mesh: Mesh
-) -> tuple[Any, Any]:
+def make_steps(optimizer: str, delay: int, graphdef: nnx.GraphDef, mesh: Mesh) -> tuple[Any, Any]:
     """The jitted ``init(params)`` and ``advance(params, opt_state, batches, learning_rate, on)``.
 
+    The mean of the gradients is applied ``delay`` updates late; with 0, every step waits for it.
     ``batches`` are images of shape (updates, batch size, 28, 28, 1), and their labels; ``on`` says
     which ideas of ``stale_methods.py`` are used.
     """
 
     def make(learning_rate: Any, on: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
         tx = make_optimizer(optimizer, learning_rate, on)
-        return overlap_reduction(tx, "data") if overlapped else tx
+        # overlap_reduction itself makes one update of the delay.
+        return overlap_reduction(delay_gradients(tx, delay - 1), "data") if delay else tx
 
     def loss_fn(params: nnx.State, images: jax.Array, labels: jax.Array) -> jax.Array:
         logits = nnx.merge(graphdef, params)(images)
@@ -75,10 +83,10 @@ def make_steps(
         def step(carry: Any, batch: Any) -> tuple[Any, None]:
             params, opt_state = carry
             # Where the parameters will be when the gradient is applied, or are now.
-            at = predict_params(params, opt_state, on["predicted"])
+            at = predict_params(params, opt_state, delay * on["predicted"])
             local = jax.lax.pcast(at, "data", to="varying")  # for gradients of this device alone
             grads = jax.grad(loss_fn)(local, *batch)
-            if not overlapped:
+            if not delay:
                 grads = jax.lax.pmean(grads, "data")
             updates, opt_state = tx.update(grads, opt_state, params, stale_params=at, staleness=0)
             return (optax.apply_updates(params, updates), opt_state), None
@@ -88,7 +96,7 @@ def make_steps(
     def init(params: nnx.State) -> Any:
         return make(0.1, ideas_of("all-three")).init(params)
 
-    specs = OVERLAPPED if overlapped else P()
+    specs = OVERLAPPED if delay else P()
     init = jax.shard_map(init, mesh=mesh, in_specs=P(), out_specs=specs)
     in_specs = (P(), specs, P(None, "data"), P(), P())
     advance = jax.shard_map(advance, mesh=mesh, in_specs=in_specs, out_specs=(P(), specs))
@@ -117,7 +125,7 @@ class Trainer:
     def __call__(self, name: Cell, bar: tqdm) -> dict[str, list[list[float]]]:
         """Test losses and accuracies after every `EVALUATE_EVERY` updates."""
         method = name["method"]
-        init, advance = self.steps(name["optimizer"], method != "fresh")
+        init, advance = self.steps(name["optimizer"], self.args.delay * (method != "fresh"))
         curves: dict[str, list[list[float]]] = {"loss": [], "accuracy": []}
         epochs = -(-self.args.updates // (TRAIN_IMAGES // self.args.batch_size))
         for seed in range(self.args.seeds):
@@ -166,7 +174,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     help = "images an update, over all devices [256]"
     parser.add_argument("--batch-size", type=batch, default=256, help=help)
-    return stale_methods.parse_args(parser, argv, FULL, QUICK, EVALUATE_EVERY)
+    help = "how many updates late the mean of the gradients is applied [1]"
+    parser.add_argument("--delay", type=count, default=1, help=help)
+    args = stale_methods.parse_args(parser, argv, FULL, QUICK, EVALUATE_EVERY)
+    if args.delay >= args.updates:
+        parser.error(f"argument --delay: {args.delay} is after the end, {args.updates} updates")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -174,7 +187,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    run(args, {"batch_size": args.batch_size}, Trainer, MEASURE, EVALUATE_EVERY)
+    settings = {"batch_size": args.batch_size, "delay": args.delay}
+    run(args, settings, Trainer, MEASURE, EVALUATE_EVERY)
 
 
 if __name__ == "__main__":

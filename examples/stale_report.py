@@ -170,7 +170,7 @@ def plot_curves(cells: list[Cell], updates: np.ndarray, measure: Measure, path: 
         axis.grid(alpha=0.3, which="both")
     for axis in axes[len(found) :]:
         axis.remove()
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2 * min(2, columns))
     figure.savefig(path, dpi=150)
 
 
@@ -202,7 +202,8 @@ def plot_overhead(cells: list[Cell], updates: np.ndarray, measure: Measure, path
         )
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("updates for the same loss, fresh = 1")
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    ncols = 2 * min(2, len(points))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=ncols)
     figure.savefig(path, dpi=150)
 
 

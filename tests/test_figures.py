@@ -123,6 +123,22 @@ def test_the_tables_and_sentences_of_compare_async(study):
         assert line in text, line
 
 
+def test_the_table_of_async_prediction(monkeypatch):
+    load("compare_async")  # on which the script builds, with the module `common` of the examples
+    files = [RESULTS / "async_prediction" / name for name in ("grid.csv", "test_error.csv")]
+    rows = [list(csv.DictReader(file.read_text().splitlines())) for file in files]
+    table = benchmark("async_prediction", monkeypatch).table(*rows)
+    assert f"\n{table}\n" in page("docs/asynchronous.md")
+
+
+def test_the_tables_of_local_steps():
+    section = page("docs/local_steps.md").partition("### MNIST")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| H=16 ")]
+    made = (RESULTS / "local_steps" / "mnist" / "tables.md").read_text().splitlines()
+    assert len(rows) == 12
+    assert {*rows} <= {*made}
+
+
 ROBUST = {  # the rows' names in the page
     "`robust_delay_compensation()`": "robust",
     "the step divided by √τ": "lr/√τ",
@@ -208,13 +224,14 @@ def test_what_the_pages_outside_the_manual_link_to_is_there(name):
 )
 def test_a_table_of_cells_is_what_the_example_prints(script, where, heading):
     module, methods, report = map(load, (script, "stale_methods", "stale_report"))
-    file = RESULTS / script / "cells.jsonl"
-    entries = [json.loads(line) for line in file.read_text().splitlines()]
-    cells = methods.Grid(file, entries[0]["settings"]).finished([e["name"] for e in entries])
-    updates = module.EVALUATE_EVERY * np.arange(1, 1 + cells[0]["loss"].shape[1])
-    printed = [
-        report.tables(name, of, updates, module.MEASURE) for name, of, _ in report.groups(cells)
-    ]
+    printed = []
+    for file in (RESULTS / script).rglob("cells.jsonl"):
+        entries = [json.loads(line) for line in file.read_text().splitlines()]
+        cells = methods.Grid(file, entries[0]["settings"]).finished([e["name"] for e in entries])
+        updates = module.EVALUATE_EVERY * np.arange(1, 1 + cells[0]["loss"].shape[1])
+        printed += [
+            report.tables(name, of, updates, module.MEASURE) for name, of, _ in report.groups(cells)
+        ]
     section = page(where).partition(heading)[2].partition("\n## ")[0]
     _, *rows = [line for line in section.splitlines() if line.startswith("| ")]
     assert len(rows) > 2

@@ -90,31 +90,30 @@ def numpy_gradient(kernel, images, labels):
     return images.T @ (p - np.eye(10)[labels]) / len(labels)
 
 
-def test_overlapped_steps_are_those_of_one_device_one_update_late(overlapped, methods):
+def test_overlapped_steps_are_those_of_one_device_some_updates_late(overlapped, methods):
     """SGD with momentum by hand, on the mean over the devices; compensated, predicted or not."""
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     graphdef, params = nnx.split(Linear(nnx.Rngs(0)), nnx.Param)
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
     rng = np.random.default_rng(0)
-    images, labels = rng.normal(size=(5, 16, 3)), rng.integers(10, size=(5, 16))
+    images, labels = rng.normal(size=(9, 16, 3)), rng.integers(10, size=(9, 16))
     batches = (np.float32(images), np.int32(labels))
     batches = jax.device_put(batches, jax.NamedSharding(mesh, jax.P(None, "data")))
-    steps = {late: overlapped.make_steps("SGD", late, graphdef, mesh) for late in (False, True)}
-    for method in ("fresh", "stale", "DC-a", "predicted"):
-        init, advance = steps[method != "fresh"]
+    late = [("stale", 1), ("DC-a", 1), ("predicted", 1), ("DC-a", 3), ("predicted", 3)]
+    steps = {d: overlapped.make_steps("SGD", d, graphdef, mesh) for d in (0, 1, 3)}
+    for method, delay in [("fresh", 0), *late]:
+        init, advance = steps[delay]
         w = jax.tree.map(jnp.copy, params)
         on = methods.ideas_of(method)
         w, _ = jax.block_until_ready(advance(w, init(w), batches, 0.1, on))
 
         kernel = np.float64(params["linear"]["kernel"][...])
-        update, under_way, nu = 0.0, None, 0.0
+        update, under_way, nu = 0.0, [], 0.0
         for x, y in zip(images, labels, strict=True):
-            at = kernel + update if method == "predicted" else kernel
-            arrived, under_way = under_way, (numpy_gradient(at, x, y), at)
-            if method == "fresh":
-                arrived = under_way
-            if arrived is not None:
-                g, computed_at = arrived
+            at = kernel + delay * update if method == "predicted" else kernel
+            under_way.append((numpy_gradient(at, x, y), at))
+            if len(under_way) > delay:
+                g, computed_at = under_way.pop(0)
                 if method == "DC-a":
                     nu = 0.95 * nu + 0.05 * g**2
                     correction = 8 * g * g * (kernel - computed_at) / np.sqrt(nu + 1e-7)
@@ -260,6 +259,7 @@ def test_tables_and_plots(report, pipeline, tmp_path):
         ("overlapped_data_parallel", "--batch-size", "30"),  # not a multiple of 8
         ("overlapped_data_parallel", "--out", "a_file"),
         ("overlapped_data_parallel", "--updates", "30"),
+        ("overlapped_data_parallel", "--delay", "1000"),  # no update would be left
         ("pipeline_delay", "--updates", "60"),
         ("pipeline_delay", "--methods", "forgotten"),
         ("pipeline_delay", "--stages", "0"),
