@@ -89,21 +89,39 @@ class TestMosaicGPU(EveryCase):
         self.kernel = lambda operands, *args, step: interpreted([operands], *args, step=step)[0]
 
 
-# Whole pieces; ends of one kind and of another; one number; none; and dtypes in turn.
-MIXED = [Case("stored, DC-a, clip", s, DTYPES[i % 3]) for i, s in enumerate([*SHAPES, (5000,)])]
+def mixed(mode):
+    """Whole pieces; ends of one kind and of another; one number; none; and dtypes in turn."""
+    return [Case(mode, s, DTYPES[i % len(DTYPES)]) for i, s in enumerate([*SHAPES, (5000,)])]
+
+
+def keeps(mode):
+    """Whether it has arrays of the state's dtype; else there are three dtypes and not five."""
+    return mode.momentum is not None or mode.decay is not None
+
+
+ALIKE = [Case("updates", (130,))] * 5 + [Case("updates", (7,))] * 4
+ADAPTIVE = mixed("stored, DC-a, clip")
 
 
 @pytest.mark.parametrize(
-    ("cases", "arrays", "launches"),
+    ("cases", "arrays", "branches", "launches"),
     [
-        (MIXED, 64, 3),  # one a dtype
-        (MIXED, 2, 7),  # 2, 2 and, with two of one size, 3
-        ([Case("updates", (130,))] * 5 + [Case("updates", (7,))] * 4, 4, 4),  # 2 + 1, three times
+        pytest.param(ADAPTIVE, 64, 32, 5, id="one launch a dtype"),
+        pytest.param(ADAPTIVE, 2, 32, 6, id="more arrays than a launch takes"),
+        pytest.param(ALIKE, 4, 32, 4, id="equal launches"),  # 2 + 1 arrays three times, and 0 + 1
+        pytest.param(ALIKE, 64, 2, 1, id="more arrays of a kind than a switch has branches"),
+        *(
+            pytest.param(
+                mixed(name), 64, 32, 5 if keeps(mode) else 3, id=name, marks=pytest.mark.slow
+            )
+            for name, mode in MODES.items()
+            if name != "stored, DC-a, clip"
+        ),
     ],
-    ids=["mixed", "more than a launch takes", "equal launches"],
 )
-def test_many_arrays_on_a_gpu(cases, arrays, launches, interpreted, monkeypatch):
+def test_many_arrays_on_a_gpu(cases, arrays, branches, launches, interpreted, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "ARRAYS", arrays)
+    monkeypatch.setattr(mosaic_gpu, "_BRANCHES", branches)
     launched, launch = [], mosaic_gpu._launch
     monkeypatch.setattr(
         mosaic_gpu, "_launch", lambda some, *a, **k: launched.append(some) or launch(some, *a, **k)
