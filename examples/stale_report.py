@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from common import compare, machine, mean_and_std
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from stale_methods import METHODS, OPTIMIZERS, Cell, Grid, cell_names
 
 from optax_dcasgd import diagnostics
@@ -164,6 +165,7 @@ def plot_curves(cells: list[Cell], updates: np.ndarray, measure: Measure, path: 
             (handles[method],) = axis.plot(updates, runs.mean(0), line, color=color, lw=1.6)
             axis.fill_between(updates, runs.min(0), runs.max(0), color=color, alpha=0.12, lw=0)
         axis.set(title=name, xlabel="updates", ylabel="loss", yscale="log")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6)))  # 8, 9 and 10 would touch
         axis.set_ylim(top=min(axis.get_ylim()[1], 5))  # a guess costs 2.3 or 4.5
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:.2g}")

@@ -83,12 +83,11 @@ def dcasgd(
           backup a worker, is ``remember_params(dcasgd(..., store=None), num_workers=M)``.
       accumulator_dtype: The dtype of the momentum and of ν; by default float32 or that of the
         parameter, whichever is wider.
-      implementation: None or ``"xla"`` for XLA; ``"pallas"`` for kernels, for parameters and state
-        in float32, bfloat16 or (on GPUs) float16. Where there are many arrays, ask `fused_dcasgd`
-        for them: on NVIDIA GPUs, from Hopper on, one kernel updates up to 64.
+      implementation: None or ``"xla"`` for XLA; ``"pallas"`` for kernels, for arrays in float32,
+        bfloat16 or (on GPUs, from Hopper on: 64 arrays a kernel for `fused_dcasgd`) float16.
 
         On a mesh with Explicit axes the kernel runs on each shard. On one with Auto axes it has to
-        be called inside ``jax.shard_map`` over all of them (on GPUs with ``check_vma=False``). Under
+        be called inside ``jax.shard_map`` over all (on GPUs with ``check_vma=False``). Under
         ``jax.vmap`` it runs once a member, one after another.
 
     All but ``store``, ``accumulator_dtype`` and ``implementation`` can be injected by
