@@ -286,11 +286,16 @@ def main() -> None:
         programs |= torch_programs(case, torch, left_out)
         rounds = 2 if small else args.rounds
         result["rows"] += measure(case, programs, rounds, left, left_out)
-        result["seconds"] = time.monotonic() - begin
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(args.out, result | {"seconds": time.monotonic() - begin})
+    write(args.out, result | {"seconds": time.monotonic() - begin})  # and what was left out
     print(table(result))
+
+
+def write(out: pathlib.Path | None, result: dict) -> None:
+    """Writes the JSON, if it is asked for."""
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

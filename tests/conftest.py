@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = (
 
 def pytest_configure(config):
     """The suite runs on CPU devices wherever it is started; only ``-m gpu`` leaves JAX its GPU."""
-    if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+    if re.match(r"\s*\(*\s*gpu\b", config.option.markexpr):
         config.option.reportchars += "s"  # why it was skipped, where there is no GPU
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # for pytest -n 2
         return

@@ -77,7 +77,8 @@ def _launches(sizes: Sequence[int]) -> list[list[int]]:
     """Which arrays a launch updates.
 
     The launches have the same sizes, as far as the arrays can be shared out so: then they are one
-    program, which is traced and compiled once. What is left over has launches of its own.
+    program, which is traced and compiled once. What is left over has launches of its own, which can
+    be one or two more than if each were filled.
     """
     number = -(-len(sizes) // ARRAYS)
     alike = collections.defaultdict(list)
@@ -164,7 +165,9 @@ def _launch(
             ]
             new = [plan.compute(scalars, x) for x in blocks]
             if len(ranges) > 1 or work.length < _THREADS:
-                plgpu.commit_smem()  # threads have numbers in common: all wait until all is read
+                # Threads have numbers in common: all wait until all is read. This is the barrier
+                # that Pallas offers; nothing is in shared memory.
+                plgpu.commit_smem()
             for at, values in zip(ranges, new, strict=True):
                 for k, value in values.items():
                     _store(ref[k], at, value)
@@ -231,7 +234,8 @@ def _layout(length: int, *, aligned: bool) -> Any:
 _mosaic: Any = plgpu  # with other signatures in other versions of JAX
 
 
-# "Optimized" transfers would be refused: they go through shared memory.
+# "Optimized" transfers would be refused: they go through shared memory. (Before JAX 0.12 a store
+# by index is not.)
 def _load(ref: Any, at: Any, layout: Any) -> Any:
     if jax.__version_info__ >= (0, 11):
         return _mosaic.load(ref.at[at], layout=layout, optimized=False)

@@ -86,6 +86,13 @@ def update(
         for name, x in operands._asdict().items():
             if x is not None and x.dtype not in _DTYPES:
                 raise _refused(f"the kernels compute in float32; {name} has dtype {x.dtype}")
+        varying = {jax.typeof(x).manual_axis_type.varying for x in operands if x is not None}
+        if len(varying) > 1:
+            raise _refused(
+                "inside jax.shard_map the arrays of a parameter vary over different axes "
+                f"{sorted(map(sorted, varying))}; give them the same by jax.lax.pcast, or pass "
+                "check_vma=False"
+            )
         by_mesh.setdefault(jax.typeof(operands.param).sharding.mesh, []).append(i)
     new: dict[int, Results] = {}
     for mesh, indices in by_mesh.items():
@@ -177,7 +184,7 @@ def _per_platform(
 _DIFFERENTIABLE = {step: _differentiable(step) for step in (False, True)}
 _NO_PARTITIONING = (
     "a kernel cannot be partitioned automatically. On a mesh with Auto axes, call the step inside "
-    "jax.shard_map over all of them"
+    "jax.shard_map over all of them; on one with Explicit axes, put every array on it"
 )
 
 

@@ -43,6 +43,16 @@ def mean_of(pushes: list[Push]) -> Push:
     )
 
 
+def _parts(task: Task, longest: int | None) -> list[Task]:
+    """The task, as rounds that are no longer than the longest."""
+    if longest is None or task.num_steps is None:
+        return [task]
+    return [
+        Task(task.batch + k, min(longest, task.num_steps - k))
+        for k in range(0, task.num_steps, longest)
+    ]
+
+
 class Book:
     """Sees to it that every batch is applied once, or refused.
 
@@ -50,9 +60,12 @@ class Book:
     steps as that was to take.
     """
 
-    def __init__(self, limit: int | None):
-        """The limit is the staleness up to which workers wait for each other; None for any."""
-        self._limit = limit
+    def __init__(self, limit: int | None, longest: int | None = None):
+        """The limit is the staleness up to which workers wait for each other; None for any.
+
+        The longest round is that of a new one; those from a checkpoint are cut up to fit.
+        """
+        self._limit, self._longest = limit, longest
         self._next_batch = 0
         # In the order in which they are sent out. The value is the worker whose gradient came too
         # late, if it was dropped for that.
@@ -72,7 +85,9 @@ class Book:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Goes on from what `to_save` returned; what was refused before counts no more."""
-        self._again = dict.fromkeys(Task(*task) for task in saved["again"])
+        self._again = dict.fromkeys(
+            part for task in saved["again"] for part in _parts(Task(*task), self._longest)
+        )
         self._next_batch = saved["next_batch"]
 
     # Pull.

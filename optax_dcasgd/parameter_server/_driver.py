@@ -264,7 +264,7 @@ class Driver:
         )
         for straggler in result.stragglers():
             _log.warning(
-                "worker %d takes %.3g s for a gradient, %.1f times as long as the others.",
+                "worker %d takes %.3g s for a batch, %.1f times as long as the others.",
                 *straggler,
             )
         return result

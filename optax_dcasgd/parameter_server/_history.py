@@ -21,7 +21,7 @@ class History(NamedTuple):
     batch: np.ndarray  # dtype=int32: the number of its batch, or of its first
     loss: np.ndarray  # dtype=float64: the loss at those parameters
     time: np.ndarray  # dtype=float64: when it was applied, in seconds of training
-    seconds: np.ndarray  # dtype=float64: how long the gradient took the worker
+    seconds: np.ndarray  # dtype=float64: how long the gradient, or the round, took the worker
     compensation: np.ndarray  # dtype=float64: ‖compensation‖/‖gradient‖; NaN where not measured
     num_steps: np.ndarray  # dtype=int32: how many batches it used; 1 without ``local_steps``
 
@@ -66,7 +66,7 @@ class Straggler(NamedTuple):
     """A worker that takes long."""
 
     worker: int
-    seconds: float  # the median time it takes for a gradient
+    seconds: float  # the median time it takes for a gradient; with ``local_steps``, for a batch
     ratio: float  # to the median over the other workers of the same
 
 
@@ -83,13 +83,15 @@ class Result(NamedTuple):
     def stragglers(self, ratio: float = 2.0) -> list[Straggler]:
         """The workers whose median time for a gradient is ``ratio`` times the others' or more.
 
+        With ``local_steps`` it is the time for a batch, since rounds are of unequal length.
+
         Args:
           ratio: Of a worker's median to the median of the other workers' medians.
 
         Returns:
           Those workers in the order of their indices; none if there is one worker alone.
         """
-        worker, seconds = self.history.worker, self.history.seconds
+        worker, seconds = self.history.worker, self.history.seconds / self.history.num_steps
         medians = {int(i): float(np.median(seconds[worker == i])) for i in np.unique(worker)}
         found = []
         for i, median in medians.items():

@@ -35,6 +35,10 @@ class Record:
         """The history, an entry of `_history.DTYPE` an update."""
         return self._rows[: self.version]
 
+    def is_done(self) -> bool:
+        """Whether that were all updates."""
+        return self.version >= len(self._rows)
+
     def seconds(self) -> float:
         """How long training has taken, with the time before a checkpoint."""
         return time.monotonic() - self._started

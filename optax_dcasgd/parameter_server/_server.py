@@ -2,8 +2,8 @@
 
 It sends each idle worker a batch and the newest parameters as one call, whose answer is the
 gradient: a pull and the next push are one round trip. Answers that have come together are applied
-one after another, in the order in which their tasks were sent. Then come those that arrived
-meanwhile. Only after that the server packs the parameters, once for all workers that are idle.
+one after another, in the order in which their tasks were sent, then those that arrived meanwhile.
+Only after that the server packs the parameters, once for all workers that are idle.
 
 Only one thread ever works here. The driver calls `advance` again and again. Between two calls it
 can have a checkpoint written, workers attached or retired, and the run stopped.
@@ -59,7 +59,8 @@ class Server:
     ):
         self._options, self._local_steps = options, options.local_steps
         self._update = Update(tx, params, layouts)
-        self._book = Book(options.max_staleness if options.on_stale == "wait" else None)
+        limit = options.max_staleness if options.on_stale == "wait" else None
+        self._book = Book(limit, options.local_steps.most(options.num_workers))
         self._record = Record(options.num_updates, options.name)
         self._saving = Saving(options, (self._update, self._record, self._book))
         self._saving.restore()
@@ -72,8 +73,8 @@ class Server:
         self._num_not_finite = 0  # gradients since the last update
         self._calls = Calls()
         self._roster = Roster(options.num_workers)
-        self._wish: str | None = None  # which the driver has yet to fulfil
-        self._done: str | None = None  # which it has fulfilled last
+        self._wish: str | None = None  # the last one, until the driver has fulfilled it
+        self._wishes: set[str | None] = set()  # all that were ever heard of
         self.attach(workers, options.num_workers)
         self._heard = time.monotonic()
 
@@ -85,8 +86,9 @@ class Server:
 
     def attach(self, workers: dict[int, Any], num_workers: int, wish: str | None = None) -> None:
         """Takes these workers on; those with an index of num_workers or more will leave."""
-        self._roster.num_workers = num_workers
-        self._wish, self._done = None, wish
+        self._wishes.add(wish)
+        if self._wish in (None, wish):  # and there is no newer one
+            self._roster.num_workers, self._wish = num_workers, None
         for index in sorted(workers.keys() - self._roster.members):
             self._roster.members.add(index)
             self._calls.start(index, workers[index])
@@ -94,17 +96,18 @@ class Server:
     def resize(self, num_workers: int, wish: str) -> bool:
         """Wishes for so many workers; returns whether the driver has made those that are missing.
 
-        To be repeated, as the same wish, until it has: it may have heard of another wish only, and
-        a server that takes the place of this one has heard of none.
+        To be repeated, as the same wish, until it has: a server in the place of this one has heard
+        of none. The last wish counts; one that another has followed is done.
         """
-        if wish != self._done:
+        if wish not in self._wishes:
+            self._wishes.add(wish)
             self._roster.num_workers, self._wish = num_workers, wish
-        return wish == self._done
+        return wish != self._wish
 
     def advance(self, seconds: float) -> Status:
         """Trains for so long, or until all updates are done."""
-        end = time.monotonic() + seconds
-        while self._has_work() and (left := end - time.monotonic()) > 0:
+        end, record = time.monotonic() + seconds, self._record
+        while not (record.is_done() or self._failure) and (left := end - time.monotonic()) > 0:
             self._send_out()
             come = self._calls.wait(left)
             self._watch(bool(come))
@@ -113,7 +116,7 @@ class Server:
                     self._receive(index, news)
                 self._apply()
                 come = self._calls.wait(0)
-        if self._record.version >= self._options.num_updates:
+        if self._record.is_done():
             self._fail(self._saving.failure())
         retired = self._roster.retire()
         for index in retired:
@@ -147,9 +150,6 @@ class Server:
 
     # Pull.
 
-    def _has_work(self) -> bool:
-        return self._record.version < self._options.num_updates and self._failure is None
-
     def _send_out(self) -> None:
         """Gives every idle worker that may pull a batch and the newest parameters."""
         if self._options.mode == "sync" and (not self._book.is_empty() or self._roster.starting()):
@@ -157,9 +157,13 @@ class Server:
         for index in self._roster.idle():
             if not self._book.may_pull(self._record.version):
                 return
+            try:
+                num_steps = self._local_steps(index)
+            except Exception as error:  # the user's function, of a worker that `resize` added
+                self._fail(f"local_steps({index}) failed: {type(error).__name__}: {error}")
+                return
             version = self._publish()
             is_alone = self._roster.occupy(index)
-            num_steps = self._local_steps(index)
             task = self._book.pull(index, version, is_alone=is_alone, num_steps=num_steps)
             self._calls.send(index, task, version.message)
 
@@ -231,7 +235,7 @@ class Server:
             if pushes := self._book.whole_round():
                 self._apply_round(pushes)
             return
-        while self._record.version < self._options.num_updates:
+        while not self._record.is_done():
             if (push := self._book.next_push(self._record.version)) is None:
                 break
             self._roster.release(push.pull.worker)

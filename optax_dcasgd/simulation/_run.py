@@ -161,8 +161,8 @@ def run(
     if mode == "sync":
         if in_rounds:
             raise ValueError(
-                'arrivals.num_steps is of asynchronous pushes; mode="sync" has others. There let '
-                "batches(t) return LocalBatches, for worker t % M."
+                'arrivals.num_steps is of asynchronous pushes. For mode="sync" make the arrivals '
+                "without local_steps; batches(t) may return LocalBatches for worker t % M."
             )
         num_updates //= num_workers
         if num_updates == 0:

@@ -216,6 +216,7 @@ def test_a_donated_step_is_in_place(case, implementation):
 
 @each("case", CASES)
 def test_every_step_is_that_of_mxnet(case, implementation):
+    """By XLA, on a GPU too: `mxnet.DCASGD` has no choice of the implementation."""
     assert_follows(case, follow(make_optimizer(case), case))
 
 

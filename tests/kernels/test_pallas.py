@@ -134,6 +134,17 @@ def test_where_it_is_refused_and_why(reason, situation):
     assert custom_calls(lower(None, **situation)) == []  # which never fails
 
 
+def test_arrays_that_vary_over_different_axes_are_refused():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AUTO,))
+    optimizer = make("fused_dcasgd", implementation="pallas")
+    params = jnp.ones(1024)
+    step = jax.shard_map(
+        optimizer.step, mesh=mesh, in_specs=(P("x"), P(), P()), out_specs=(P("x"), P())
+    )
+    with pytest.raises(NotImplementedError, match=r"vary over different axes \[\[\], \['x'\]\]"):
+        jax.eval_shape(step, jnp.ones(8 * 1024), optimizer.init(params), params)
+
+
 def test_a_gpu_before_hopper_is_refused(monkeypatch):
     class Ampere:
         compute_capability = "8.0"

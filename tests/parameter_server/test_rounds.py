@@ -232,3 +232,20 @@ def test_a_round_is_named_by_its_batches(worker):
     book.drop(book.answered(0))
     assert book.pull(1, None, is_alone=False, num_steps=4) == Task(3, 2)  # as it is
     assert book.pull(0, None, is_alone=False, num_steps=2) == Task(5, 2)
+
+
+def test_rounds_from_a_checkpoint_are_cut_up_where_they_are_too_long_now():
+    book = _book.Book(None, longest=3)
+    book.restore({"again": [(4, 8), (20, 3), (30, 1)], "next_batch": 40})
+    found = [book.pull(0, None, is_alone=True, num_steps=2) for _ in range(6)]
+    assert found == [(4, 3), (7, 3), (10, 2), (20, 3), (30, 1), (40, 2)]
+
+
+def test_a_straggler_is_one_by_its_batches():
+    """And not because its rounds are long."""
+    columns = dict.fromkeys(_history.History._fields, np.zeros(4))
+    columns |= {"worker": np.array([0, 1, 2, 2]), "num_steps": np.array([4, 64, 4, 4])}
+    columns |= {"seconds": np.array([0.4, 6.4, 4.0, 4.0])}
+    result = _history.Result(None, None, _history.History(**columns), None, (), (0, 1, 2))
+    (straggler,) = result.stragglers()
+    assert (straggler.worker, straggler.seconds) == (2, 1.0)

@@ -11,6 +11,7 @@ import pytest
 from parameter_server_cases import PARTS_PARAMS as PARAMS
 
 from optax_dcasgd.parameter_server import _calls, _record, _server, _worker
+from optax_dcasgd.parameter_server._local_steps import LocalSteps
 from optax_dcasgd.parameter_server._options import Options
 from optax_dcasgd.parameter_server._transport import Layout
 
@@ -131,6 +132,33 @@ def test_a_worker_that_is_gone_can_be_replaced(num_workers, two):
     assert two.resize(num_workers, "mine")
     status = two.advance(0.0)
     assert (status.gone, status.starting, status.wish, status.failure) == ([], [0], None, None)
+
+
+def test_of_several_wishes_the_last_counts(two):
+    """Whoever asks again for the first one, or has the driver fulfil it, undoes nothing."""
+    assert not two.resize(4, "first")
+    assert not two.resize(3, "second")
+    two.attach({2: mock.Mock(), 3: mock.Mock()}, 4, "first")  # which the driver had heard of
+    assert two.resize(4, "first")
+    status = two.advance(0.0)
+    assert (status.num_workers, status.wish) == (3, "second")
+    two.attach({}, 3, "second")
+    assert two.resize(3, "second")
+    assert two.resize(4, "first")
+    status = two.advance(0.0)
+    assert (status.num_workers, status.wish) == (3, None)
+
+
+@pytest.mark.parametrize(
+    "server", [{"local_steps": LocalSteps(lambda i: [4, 1][i])}], indirect=True
+)
+def test_steps_that_are_known_of_no_worker_more(two):
+    two.attach({2: mock.Mock()}, 3)
+    two._receive(2, _calls.Ready())
+    two._roster.occupy(1)
+    two._send_out()
+    assert re.fullmatch(r"local_steps\(2\) failed: IndexError: .*", two._failure)
+    assert two._roster.idle() == [2]
 
 
 @pytest.mark.parametrize("first", ["gone", "retired"])
