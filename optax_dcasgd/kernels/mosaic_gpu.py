@@ -31,8 +31,9 @@ from optax_dcasgd.kernels import reference
 from optax_dcasgd.kernels._plan import Plan
 from optax_dcasgd.kernels.reference import Operands, Results
 
-# Of one launch. Their addresses fit into 4 KiB of arguments, which every CUDA takes. Twice as many
-# take twice as long to compile, and with four times as many the compiler runs out of registers.
+# Of one launch. Their addresses fit into 4 KiB of arguments, which every CUDA takes. With 128 of
+# them a step of 400 took half as long again to compile, and as long to run. With 200 registers ran
+# out.
 ARRAYS = 64
 PIECE = 1024  # numbers a block of threads takes: two loads of each array in flight a thread
 _BRANCHES = 32  # of one switch; JAX's time to trace one grows with their square
@@ -77,8 +78,8 @@ def _launches(sizes: Sequence[int]) -> list[list[int]]:
     """Which arrays a launch updates.
 
     The launches have the same sizes, as far as the arrays can be shared out so: then they are one
-    program, which is traced and compiled once. What is left over has launches of its own, which can
-    be one or two more than if each were filled.
+    program, which is traced and compiled once. What is left over has launches of its own, so that
+    there can be more of them than if each were filled, up to twice as many.
     """
     number = -(-len(sizes) // ARRAYS)
     alike = collections.defaultdict(list)
