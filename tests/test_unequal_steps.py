@@ -59,7 +59,12 @@ IN_ROUNDS = {"batch": np.arange(3) * 2, "num_steps": np.full(3, 2)}
             r"num_steps\[1\] must be at least 1",
         ),
         (None, {"num_steps": np.ones(3)}, TypeError, "arrivals.num_steps must be of integer"),
-        (lambda i, n: jnp.ones(2), {"mode": "sync"}, ValueError, "mode=.sync. has others"),
+        (
+            lambda i, n: jnp.ones(2),
+            {"mode": "sync"},
+            ValueError,
+            "For mode=.sync. make the arrivals",
+        ),
     ],
 )
 def test_a_wrong_round_is_told(batches, recorded, error, message):
