@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from contenders import transformer_shapes
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -139,6 +138,8 @@ def figures(compiled, size: int) -> dict:
 
 def many_arrays(chips) -> list[dict]:
     """What the compiler makes of a step of 400 arrays, in the ordinary order."""
+    from contenders import transformer_shapes  # here, as only a script finds its neighbours
+
     params = [jax.ShapeDtypeStruct(shape, "float32") for shape in transformer_shapes()]
     size = sum(x.size for x in params)
     rows = []
