@@ -32,8 +32,8 @@ from optax_dcasgd.kernels._plan import Plan
 from optax_dcasgd.kernels.reference import Operands, Results
 
 # Of one launch. Their addresses fit into 4 KiB of arguments, which every CUDA takes. With 128 of
-# them a step of 400 took half as long again to compile, and as long to run. With 200 registers ran
-# out.
+# them a step of 400 took half as long again to compile on an H100, and as long to run. With 200
+# registers ran out.
 ARRAYS = 64
 PIECE = 1024  # numbers a block of threads takes: two loads of each array in flight a thread
 _BRANCHES = 32  # of one switch; JAX's time to trace one grows with their square

@@ -130,12 +130,13 @@ def _per_shard(function: Callable[..., list[Results]], mesh: Any) -> Callable[..
     return per_shard
 
 
+def _by_reference(arrays: Sequence[Operands], *args: Any, step: bool) -> list[Results]:
+    return [reference.update(operands, *args, step=step) for operands in arrays]
+
+
 def _differentiable(step: bool) -> Callable[..., list[Results]]:
     """The kernels with the derivative of the reference; under ``vmap`` one member after another."""
-
-    def by_xla(arrays: Sequence[Operands], *args: Any) -> list[Results]:
-        return [reference.update(operands, *args, step=step) for operands in arrays]
-
+    by_xla = functools.partial(_by_reference, step=step)
     by_kernel = functools.partial(_per_platform, step=step)
     function = jax.custom_jvp(jax.custom_batching.sequential_vmap(by_kernel))
     function.defjvp(lambda primals, tangents: jax.jvp(by_xla, primals, tangents))
@@ -157,14 +158,10 @@ def _per_platform(
 
         return function
 
-    def never(arrays: Sequence[Operands], *args: Any, step: bool) -> list[Results]:
-        """Has the results' types, and is never lowered."""
-        return [reference.update(operands, *args, step=step) for operands in arrays]
-
     def branch_of(kernel: Kernel) -> Callable[..., list[Results]]:
         reason = next(filter(None, map(kernel.why_not, arrays)), None)
-        if reason:  # the kernel cannot be traced
-            return branch(never, lambda _: reason)
+        if reason:  # the kernel cannot be traced; what stands here instead is never lowered
+            return branch(_by_reference, lambda _: reason)
         return branch(kernel.update, lambda ctx: _needs_partitioning(ctx) or kernel.why_not_here())
 
     def no_kernel(ctx: Any) -> str:
@@ -175,7 +172,7 @@ def _per_platform(
         arrays,
         count,
         numbers,
-        default=branch(never, no_kernel),
+        default=branch(_by_reference, no_kernel),
         **{platform: branch_of(kernel) for platform, kernel in KERNELS.items()},
     )
     return out

@@ -74,8 +74,9 @@ def test_it_measures_what_it_can_and_names_the_rest(tmp_path):
         assert "PyTorch" in left_out
     for row in result["rows"]:
         assert row["median_ms"] > 0
-        cells = [x for x in run.stdout.splitlines() if x.startswith(f"| `{row['contender']}` |")]
-        assert any(f"| {row['median_ms']:.3f}" in x for x in cells) or row["ratio"] is None, row
+        if row["contender"] != "copy of the gradients":  # which stands above the tables
+            lines = [x for x in run.stdout.splitlines() if x.startswith(f"| `{row['contender']}` ")]
+            assert any(f"| {row['median_ms']:.3f}" in x for x in lines), row
     (least,) = {
         row["least_bytes"]
         for row in result["rows"]
