@@ -82,8 +82,8 @@ class Program:
         if self._held is None:
             params = [jnp.ones(x.shape, x.dtype) for x in self._grads]
             self._held = (params, self._init(params))
-        self._held = self._run(*self._held, self._grads)  # first touch of the memory
-        jax.block_until_ready(self._held)
+            self._held = self._run(*self._held, self._grads)  # first touch of the memory
+            jax.block_until_ready(self._held)
         begin = time.perf_counter()
         for _ in range(self._calls):
             self._held = self._run(*self._held, self._grads)

@@ -76,7 +76,7 @@ def linked(pattern, text):
     [
         ("update", "update-cpu-epyc-jax-0.10.2.json", "docs/speed.md"),
         ("tpu_compile", "tpu-compile-jax-0.12.json", "docs/speed.md"),
-        ("gpu", "gpu-h100-jax-0.11.2.json", "docs/speed.md"),
+        ("gpu", "gpu-h200-jax-0.11.2.json", "docs/speed.md"),
         ("state_memory", "state-memory.json", "docs/spmd.md"),
     ],
 )
