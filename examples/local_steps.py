@@ -1,14 +1,15 @@
 """Workers that take H steps of their own between two messages: what that saves and what it costs.
 
 M simulated workers train a small model with `optax_dcasgd.local_updates`: each takes H steps of SGD
-from the parameters that it got and sends the difference, to which an outer optimizer is applied.
-Compared are synchronous local SGD (SSGD: a barrier, and the mean of M differences), the same with
-Nesterov momentum 0.9 outside (DiLoCo), and asynchronous workers whose differences are applied as
-they come: as they are (ASGD), or after what compare_async.py does about stale gradients. All see
-the same batches, each once, whatever M and H are. Run it with
+(of Adam for the text) from the parameters that it got and sends the difference, to which an outer
+optimizer is applied. Compared are synchronous local SGD (SSGD: a barrier, and the mean of M
+differences), the same with Nesterov momentum 0.9 outside (DiLoCo), and asynchronous workers whose
+differences are applied as they come: as they are (ASGD), or after what compare_async.py does about
+stale gradients. All see the same batches, each once, whatever M and H are. Run it with
 
     python examples/local_steps.py --quick
     python examples/local_steps.py --problem mnist
+    python examples/local_steps.py --problem characters --batch-size 8
 
 Speeds: "equal"; "1:4", where every second worker takes four times as long; and "1:4-balanced",
 where those take a quarter of the steps, so that all send equally often. Every method is run over a
@@ -47,6 +48,11 @@ METHODS: dict[str, Method] = {
 MODES = {**MODES_OF_GRADIENTS, "DiLoCo": "sync"}
 SPEEDS = ("equal", "1:4", "1:4-balanced")
 SLOWER = 4  # times as long
+INNER = {  # optimizer, and its learning rate
+    "digits": (optax.sgd, 0.1),
+    "mnist": (optax.sgd, 0.1),
+    "characters": (optax.adam, 0.003),
+}
 
 FULL: dict[str, Any] = {"workers": [4, 8, 16], "steps": [1, 4, 16, 64], "seeds": 5}
 FULL |= {"methods": ["SSGD", "DiLoCo", "ASGD", "lr/sqrt-tau", "DC-a-clipped", "robust"]}
@@ -95,7 +101,7 @@ class LocalTrainer(Trainer):
         """Of all lanes; ``each`` is H of each worker where they differ, and otherwise empty."""
         mode = MODES.get(method, "async")
         local = local_updates(
-            jax.value_and_grad(self._loss), optax.sgd(self.args.inner_rate), steps
+            jax.value_and_grad(self._loss), self.args.inner(self.args.inner_rate), steps
         )
 
         def train(lane: Any, of_seed: Any, data: Any) -> dict[str, jax.Array]:
@@ -203,7 +209,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--rates", type=positive, nargs="+", metavar="LR", help="outer" + listed("rates"))
     add("--fixed-rate", type=positive, default=1.0, metavar="LR",
         help="the outer rate that is shown for all, if it was run [1]")  # fmt: skip
-    add("--inner-rate", type=positive, default=0.1, metavar="LR", help="of the local SGD [0.1]")
+    inner = ", ".join(f"{name} {tx.__name__} {rate:g}" for name, (tx, rate) in INNER.items())
+    add("--inner-rate", type=positive, metavar="LR", help=f"of the local steps [{inner}]")
     add("--seeds", type=count, metavar="N", help=f"[{FULL['seeds']}; --quick {QUICK['seeds']}]")
     add("--batches", type=count, metavar="N",
         help=f"in a run, of all workers [{FULL['batches']}; --quick {QUICK['batches']}]",
@@ -218,6 +225,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, value in (FULL | (QUICK if args.quick else {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.inner, inner_rate = INNER[args.problem]
+    args.inner_rate = args.inner_rate or inner_rate
     args.pushes = args.batches  # what `Trainer` calls them
     for name in ("workers", "steps", "speeds", "methods", "rates"):
         values = getattr(args, name)
@@ -243,8 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     cells = run_all(args)
     about = (
-        f"{args.problem}: {args.batches} batches of {args.batch_size} images, {args.seeds} seeds, "
-        f"inner SGD({args.inner_rate:g}), outer SGD"
+        f"{args.problem}: {args.batches} batches of {args.batch_size}, {args.seeds} seeds, "
+        f"inner {args.inner.__name__}({args.inner_rate:g}), outer SGD"
     )
     print("\n" + report(cells, about, args))
     plot(cells, args)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from common import compare
 from compare_async_plots import plot_error_over_time
+from compare_async_problems import PROBLEMS
 from compare_async_report import (
     WINDOW,
     Groups,
@@ -22,8 +23,6 @@ from compare_async_report import (
     rate,
     seconds_to,
 )
-
-PARAMETERS = 9_000  # of both models, about: what a push and a pull send
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,20 +136,23 @@ def against(barrier: str, cells: list[LocalCell], args: argparse.Namespace) -> l
     return lines
 
 
-def bytes_table(cells: list[LocalCell]) -> str:
-    """What all workers together send and receive in a run."""
+def bytes_table(cells: list[LocalCell], num_parameters: int) -> str:
+    """What all workers together send and receive in a run: parameters, and their differences."""
     rows = []
     for steps in sorted({cell.steps for cell in cells}):
         found = [c for c in cells if c.steps == steps and c.speeds != "1:4-balanced"]
         pushes = max(int(cell.pushes[-1]) for cell in found or cells)
-        megabytes = 2 * 4 * PARAMETERS * pushes / 1e6
+        megabytes = 2 * 4 * num_parameters * pushes / 1e6
         rows.append([f"H={steps}", str(pushes), f"{megabytes:.1f}"])
     return markdown(["local steps", "pushes", "megabytes (float32)"], rows)
 
 
 def report(cells: list[LocalCell], about: str, args: argparse.Namespace) -> str:
     """Returns the tables and the sentences, and writes them into ``args.out``."""
-    parts = [f"# Local steps compared\n\n{about}", bytes_table(cells)]
+    parts = [
+        f"# Local steps compared\n\n{about}",
+        bytes_table(cells, PROBLEMS[args.problem].num_parameters),
+    ]
     for speeds in args.speeds:
         of_speeds = [cell for cell in cells if cell.speeds == speeds]
         if not of_speeds:
@@ -178,7 +180,7 @@ def report(cells: list[LocalCell], about: str, args: argparse.Namespace) -> str:
         ]
         for steps in args.steps:
             of_steps = [cell for cell in of_speeds if cell.steps == steps]
-            for barrier in SYNCHRONOUS:
+            for barrier in [m for m in SYNCHRONOUS if m in args.methods]:
                 if lines := against(barrier, of_steps, args):
                     head = f"H={steps}, against {barrier}, each at its own best outer rate:"
                     parts.append("\n".join([head, "", *lines]))

@@ -21,7 +21,6 @@ again: the same command goes on where it was interrupted.
 
 import argparse
 import functools
-import pydoc_data.topics
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import stale_methods
+from characters import CONTEXT, Transformer, load_text
 from common import count
 from flax import nnx
 from stale_methods import METHODS, Cell, ideas_of, make_optimizer
@@ -37,56 +37,13 @@ from tqdm import tqdm
 
 from optax_dcasgd import delay_gradients, pipeline_delays, predict_params
 
-WIDTH, HEADS, CONTEXT, BATCH = 32, 2, 32, 8
+BATCH = 8
 EVALUATE_EVERY = 50  # updates
 FULL = {"stages": [4, 8, 16], "updates": 1000, "seeds": 5, "methods": list(METHODS)}
 FULL |= {"sgd_rates": [0.02, 0.05, 0.1, 0.2], "adam_rates": [0.001, 0.002, 0.004, 0.008]}
 FULL |= {"muon_rates": [0.003, 0.006, 0.01, 0.015]}
 QUICK = {"stages": [8], "updates": 400, "seeds": 3, "sgd_rates": [], "adam_rates": []}
 QUICK |= {"muon_rates": [0.01], "methods": ["fresh", "stale", "predicted+extrapolated"]}
-
-
-class Block(nnx.Module):
-    """Causal self-attention and a perceptron, each behind a layer norm and beside a residual."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.attention = nnx.Dict(
-            norm=nnx.LayerNorm(WIDTH, use_bias=False, rngs=rngs),
-            heads=nnx.Linear(WIDTH, 3 * WIDTH, use_bias=False, rngs=rngs),
-            out=nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs),
-        )
-        self.perceptron = nnx.Dict(
-            norm=nnx.LayerNorm(WIDTH, use_bias=False, rngs=rngs),
-            up=nnx.Linear(WIDTH, 4 * WIDTH, use_bias=False, rngs=rngs),
-            down=nnx.Linear(4 * WIDTH, WIDTH, use_bias=False, rngs=rngs),
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns x of shape (batch, context, width) with what the block adds to it."""
-        heads = self.attention.heads(self.attention.norm(x))
-        query, key, value = jnp.split(heads.reshape(*x.shape[:-1], HEADS, -1), 3, axis=-1)
-        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.attention.out(attended.reshape(x.shape))
-        hidden = nnx.relu(self.perceptron.up(self.perceptron.norm(x)))
-        return x + self.perceptron.down(hidden)
-
-
-class Transformer(nnx.Module):
-    """Predicts the next character from up to `CONTEXT` of them."""
-
-    def __init__(self, num_characters: int, num_blocks: int, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(num_characters, WIDTH, rngs=rngs)
-        self.positions = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
-        self.blocks = nnx.List([Block(rngs) for _ in range(num_blocks)])
-        self.norm = nnx.LayerNorm(WIDTH, use_bias=False, rngs=rngs)
-        self.head = nnx.Linear(WIDTH, num_characters, rngs=rngs)
-
-    def __call__(self, text: jax.Array) -> jax.Array:
-        """Returns logits of shape (batch, context, characters)."""
-        x = self.embed(text) + self.positions(jnp.arange(text.shape[-1]))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
 
 
 def layers(num_blocks: int) -> list[Any]:
@@ -103,16 +60,6 @@ def loss_fn(graphdef: nnx.GraphDef, params: nnx.State, text: jax.Array) -> jax.A
     """Cross-entropy of the next character, in nats; text: (batch, CONTEXT + 1)."""
     logits = nnx.merge(graphdef, params)(text[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
-
-
-def load_text() -> tuple[np.ndarray, np.ndarray]:
-    """The training and the validation text, the last tenth, as indices of characters."""
-    topics = pydoc_data.topics.topics
-    text = "".join(topics[topic] for topic in sorted(topics))
-    codes = np.frombuffer(text.encode("ascii", "ignore"), np.uint8)
-    _, indices = np.unique(codes, return_inverse=True)
-    split = len(indices) * 9 // 10
-    return indices[:split].astype(np.int32), indices[split:].astype(np.int32)
 
 
 class Trainer:
