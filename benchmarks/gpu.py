@@ -50,7 +50,7 @@ def cases(quick: bool) -> list[Case]:
             Case("some arrays", few * 3, "float32", 3, 3),
             Case("one array of 65,536", [(1 << 16,)], "bfloat16", 3, 0),
         ]
-    # A turn's loop is one call, and dispatching 400 arrays takes milliseconds: so it has many steps.
+    # A turn is one call, and dispatching 400 arrays takes milliseconds: so its loop has many steps.
     return [
         Case("one array of 268 M", [(1 << 28,)], "float32", 20, 20),
         Case("one array of 268 M", [(1 << 28,)], "bfloat16", 20, 0),

@@ -3,12 +3,15 @@
 * ``delayed``: delayed Nesterov (Liu et al., arXiv 2401.09135, Algorithm 3), whose momentum acts at
   every M-th push alone;
 * ``robust-delayed``: the same behind `robust_delay_compensation`;
+* ``robust-Nesterov``: there Nesterov momentum that acts at every push;
 * ``gated``: steps gated by staleness (arXiv 2605.09126), e^(−ατ) times a cosine that is zero from a
   cutoff on.
 
-They train what ``examples/local_steps.py --quick`` trains, with its tables:
+They train what ``examples/local_steps.py --quick`` trains, with its tables, or what its other
+options say:
 
     python benchmarks/local_steps_prototypes.py --out out
+    python benchmarks/local_steps_prototypes.py --out out --problem mnist --batches 4096
 """
 
 import argparse
@@ -74,11 +77,13 @@ def prototypes(num_workers: int) -> dict[str, Any]:
     def delayed(rate: float, _: float) -> Any:
         return delayed_nesterov(rate * num_workers, num_workers)
 
+    def behind_robust(outer: Any) -> Any:
+        return lambda rate, _: optax.chain(robust_delay_compensation(), outer(rate, _))
+
     return {
         "delayed": delayed,
-        "robust-delayed": lambda rate, _: optax.chain(
-            robust_delay_compensation(), delayed(rate, _)
-        ),
+        "robust-delayed": behind_robust(delayed),
+        "robust-Nesterov": behind_robust(lambda rate, _: optax.sgd(rate, 0.9, nesterov=True)),
         "gated": lambda rate, _: optax.chain(
             gate(0.2 / num_workers, 8.0 * num_workers), optax.sgd(rate)
         ),
@@ -86,15 +91,17 @@ def prototypes(num_workers: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder for each M is made in it")
-    args = parser.parse_args()
-    for num_workers in (4, 16):
+    parser.add_argument("--workers", type=int, nargs="+", default=[4, 16], metavar="M")
+    args, others = parser.parse_known_args()  # the others are those of local_steps.py
+    for num_workers in args.workers:
         local_steps.METHODS.update(prototypes(num_workers))
         methods = ["ASGD", "robust", *prototypes(num_workers)]
         options = ["--quick", "--steps", "16", "--workers", str(num_workers), "--methods", *methods]
         rates = map(str, RATES)
-        local_steps.main([*options, "--rates", *rates, "--out", str(args.out / f"M{num_workers}")])
+        out = str(args.out / f"M{num_workers}")
+        local_steps.main([*options, "--rates", *rates, "--out", out, *others])
 
 
 if __name__ == "__main__":
