@@ -119,7 +119,7 @@ PROBLEMS = {
         100,
         2.4,
         0.7,
-        16,
+        1,
         evaluate_at_once=100,
         evaluated=500,
     ),

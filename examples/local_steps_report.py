@@ -136,6 +136,34 @@ def against(barrier: str, cells: list[LocalCell], args: argparse.Namespace) -> l
     return lines
 
 
+def everywhere(barrier: str, cells: list[LocalCell]) -> str:
+    """For each method and outer rate, in how many cases it ends as well as a barrier at its best.
+
+    A case is a number of workers with their speeds, and a number of steps.
+    """
+
+    def case(cell: LocalCell) -> tuple[str, int, int]:
+        return cell.speeds, cell.steps, cell.workers
+
+    at_barrier: dict[tuple, list[LocalCell]] = {}
+    for cell in cells:
+        if cell.method == barrier:
+            at_barrier.setdefault(case(cell), []).append(cell)
+    best = {name: errors_of(choose(found)) for name, found in at_barrier.items()}
+    rates = sorted({cell.learning_rate for cell in cells})
+    rows = []
+    for method in dict.fromkeys(cell.method for cell in cells):
+        row = [method]
+        for learning_rate in rates:
+            found = [c for c in at_rate(cells, learning_rate) if c.method == method]
+            good = [
+                compare(best[case(c)], errors_of(c), standard_errors=2) != "hurt" for c in found
+            ]
+            row.append(f"{sum(good)} of {len(good)}")
+        rows.append(row)
+    return markdown(["outer rate", *(f"{r:g}" for r in rates)], rows)
+
+
 def bytes_table(cells: list[LocalCell], num_parameters: int) -> str:
     """What all workers together send and receive in a run: parameters, and their differences."""
     rows = []
@@ -184,6 +212,12 @@ def report(cells: list[LocalCell], about: str, args: argparse.Namespace) -> str:
                 if lines := against(barrier, of_steps, args):
                     head = f"H={steps}, against {barrier}, each at its own best outer rate:"
                     parts.append("\n".join([head, "", *lines]))
+    for barrier in [m for m in SYNCHRONOUS if m in args.methods]:
+        parts += [
+            f"## One outer rate for all\n\nIn how many cases (speeds, H and M) the test error is "
+            f"not clearly worse than that of {barrier} at its own best rate.",
+            everywhere(barrier, cells),
+        ]
     parts.append(
         "(Helped, hurt: by more than two standard errors of the difference of the means, or, where "
         "seeds failed, by numbers of them that chance explains in at most one case of ten. About "

@@ -104,3 +104,24 @@ def test_an_interrupted_run_goes_on(script, tmp_path):
 def test_refuses(script, capsys, tmp_path, monkeypatch, option, values):
     monkeypatch.chdir(tmp_path)
     refuses(lambda argv: script.parse_args([*TINY, *argv]), capsys, option, *values)
+
+
+def test_one_outer_rate_for_all_is_counted_against_the_barrier_at_its_best(script):
+    def cell(method, workers, rate, errors):
+        curve = np.array(errors)[:, None]
+        counts = np.ones(1)
+        return script.LocalCell(
+            "equal", 4, workers, method, rate, counts, *[np.ones_like(curve)] * 2, curve, curve
+        )
+
+    cells = [
+        *(cell("SSGD", m, rate, np.array([0.1, 0.12]) + rate) for m in (2, 4) for rate in (0, 0.5)),
+        cell("ASGD", 2, 0, [0.11, 0.11]),
+        cell("ASGD", 4, 0, [0.3, 0.31]),
+        cell("ASGD", 2, 0.5, [0.02, 0.03]),
+        cell("ASGD", 4, 0.5, [0.1, np.nan]),  # one of two: chance
+    ]
+    table = load("local_steps_report").everywhere("SSGD", cells)
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in table.splitlines()]
+    assert rows[0] == ["outer rate", "0", "0.5"]
+    assert rows[2:] == [["SSGD", "2 of 2", "0 of 2"], ["ASGD", "1 of 2", "2 of 2"]]
