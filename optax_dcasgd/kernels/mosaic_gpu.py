@@ -203,12 +203,8 @@ def _switch(block: Any, work: Sequence[_Work], do: Callable[[_Work], None]) -> N
     def choose_one(work: Sequence[_Work]) -> None:
         choose([w.first for w in work], [functools.partial(do, w) for w in work])
 
-    groups = [
-        group[k : k + _BRANCHES]
-        for _, kind in itertools.groupby(work, key=lambda w: w.kind)
-        for group in [list(kind)]
-        for k in range(0, len(group), _BRANCHES)
-    ]
+    alike = [list(kind) for _, kind in itertools.groupby(work, key=lambda w: w.kind)]
+    groups = [kind[k : k + _BRANCHES] for kind in alike for k in range(0, len(kind), _BRANCHES)]
     choose([group[0].first for group in groups], [functools.partial(choose_one, g) for g in groups])
 
 
