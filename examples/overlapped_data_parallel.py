@@ -83,7 +83,7 @@ def make_steps(optimizer: str, delay: int, graphdef: nnx.GraphDef, mesh: Mesh) -
         def step(carry: Any, batch: Any) -> tuple[Any, None]:
             params, opt_state = carry
             # Where the parameters will be when the gradient is applied, or are now.
-            at = predict_params(params, opt_state, delay * on["predicted"])
+            at = predict_params(params, opt_state, jnp.minimum(delay, on["predicted"]))
             local = jax.lax.pcast(at, "data", to="varying")  # for gradients of this device alone
             grads = jax.grad(loss_fn)(local, *batch)
             if not delay:
@@ -94,7 +94,7 @@ def make_steps(optimizer: str, delay: int, graphdef: nnx.GraphDef, mesh: Mesh) -
         return jax.lax.scan(step, (params, opt_state), batches)[0]
 
     def init(params: nnx.State) -> Any:
-        return make(0.1, ideas_of("all-three")).init(params)
+        return make(0.1, ideas_of("all-three", 1)).init(params)
 
     specs = OVERLAPPED if delay else P()
     init = jax.shard_map(init, mesh=mesh, in_specs=P(), out_specs=specs)
@@ -125,13 +125,15 @@ class Trainer:
     def __call__(self, name: Cell, bar: tqdm) -> dict[str, list[list[float]]]:
         """Test losses and accuracies after every `EVALUATE_EVERY` updates."""
         method = name["method"]
-        init, advance = self.steps(name["optimizer"], self.args.delay * (method != "fresh"))
+        delay = 0 if method.startswith("fresh") else self.args.delay
+        init, advance = self.steps(name["optimizer"], delay)
         curves: dict[str, list[list[float]]] = {"loss": [], "accuracy": []}
         epochs = -(-self.args.updates // (TRAIN_IMAGES // self.args.batch_size))
         for seed in range(self.args.seeds):
             _, params = nnx.split(CNN(nnx.Rngs(seed)), nnx.Param)
             params = jax.device_put(params, NamedSharding(self.mesh, P()))
             opt_state, results = init(params), []
+            on = ideas_of(method, self.args.delay)
             stream = batches(self.train, self.args.batch_size, epochs, seed)
             for _ in range(self.args.updates // EVALUATE_EVERY):
                 chunk = [next(stream) for _ in range(EVALUATE_EVERY)]
@@ -140,7 +142,7 @@ class Trainer:
                 # Virtual devices share the CPU's threads: with several calls under way at once
                 # they can wait for each other forever. Real ones need no such wait.
                 params, opt_state = jax.block_until_ready(
-                    advance(params, opt_state, stacked, name["learning_rate"], ideas_of(method))
+                    advance(params, opt_state, stacked, name["learning_rate"], on)
                 )
                 on_one_device = jax.device_put(jax.device_get(params), jax.devices()[0])
                 results.append(np.array(self.evaluate(on_one_device), float))

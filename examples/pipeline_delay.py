@@ -90,11 +90,11 @@ class Trainer:
 
         def start(params: nnx.State, seed: jax.Array) -> Any:
             copy = jax.tree.map(jnp.copy, params)  # `advance` takes what it is given
-            return copy, make(0.1, ideas_of("all-three")).init(params), jax.random.key(seed)
+            return copy, make(0.1, ideas_of("all-three", 1)).init(params), jax.random.key(seed)
 
         def advance(state: Any, learning_rate: jax.Array, on: Any) -> tuple[Any, jax.Array]:
             tx = make(learning_rate, on)
-            ahead = jax.tree.map(lambda delay: delay * on["predicted"], delays)
+            ahead = jax.tree.map(lambda delay: jnp.minimum(delay, on["predicted"]), delays)
 
             def step(carry: Any, _: None) -> tuple[Any, None]:
                 params, opt_state, key = carry
@@ -118,10 +118,12 @@ class Trainer:
     def __call__(self, name: Cell, bar: tqdm) -> dict[str, list[list[float]]]:
         """The validation losses after every `EVALUATE_EVERY` updates."""
         method = name["method"]
-        start, advance = self.program(name["stages"], name["optimizer"], method != "fresh")
+        delayed = not method.startswith("fresh")
+        start, advance = self.program(name["stages"], name["optimizer"], delayed)
         state, losses = start(), []
+        on = ideas_of(method, (name["stages"] - 1) / 2)  # the mean delay
         for _ in range(self.args.updates // EVALUATE_EVERY):
-            state, loss = advance(state, name["learning_rate"], ideas_of(method))
+            state, loss = advance(state, name["learning_rate"], on)
             losses.append(np.asarray(loss))
             bar.update(EVALUATE_EVERY)
         return {"loss": np.stack(losses, 1).tolist()}

@@ -10,7 +10,10 @@ Three optimizers, each with what can be done about stale gradients:
 * extrapolated: ``optax.scale_by_optimistic_gradient`` behind the optimizer: the update u becomes
   u + (u − the previous u);
 * robust: `robust_delay_compensation` before the optimizer, with its defaults;
-* each pair of the last three, and all three.
+* each pair of the last three, and all three;
+* strong: all three, where the difference of the updates is added as often as the delay is long (of
+  stages, their mean delay), and no more than two updates are predicted;
+* fresh+extrapolated: no delay, and the extrapolation of strong: what it gives by itself.
 """
 
 import argparse
@@ -46,12 +49,23 @@ METHODS: dict[str, tuple[str, ...]] = {
     **{idea: (idea,) for idea in ("scaled", "DC-a", *IDEAS)},
     **{"+".join(pair): pair for pair in itertools.combinations(IDEAS, 2)},
     "all-three": IDEAS,
+    "strong": IDEAS,
+    "fresh+extrapolated": ("extrapolated",),
 }
 
 
-def ideas_of(method: str) -> dict[str, float]:
-    """1 for every idea that the method uses, 0 for the others."""
-    return {idea: float(idea in METHODS[method]) for idea in ("scaled", "DC-a", *IDEAS)}
+def ideas_of(method: str, delay: float) -> dict[str, float]:
+    """How strongly the method uses each idea; 0 if not at all.
+
+    Of "predicted" it is the most updates that are predicted.
+    """
+    strength = {"predicted": math.inf}
+    if method in ("strong", "fresh+extrapolated"):
+        strength = {"predicted": 2.0, "extrapolated": delay}
+    return {
+        idea: strength.get(idea, 1.0) if idea in METHODS[method] else 0.0
+        for idea in ("scaled", "DC-a", *IDEAS)
+    }
 
 
 def make_optimizer(

@@ -28,6 +28,8 @@ STYLES = {  # colours of Okabe and Ito, which people with any colour vision can 
     "predicted+robust": ("#56B4E9", "-"),
     "extrapolated+robust": ("#882255", "-."),
     "all-three": ("#009E73", "-"),
+    "strong": ("#0072B2", "-"),
+    "fresh+extrapolated": ("#999999", "-"),
 }
 
 

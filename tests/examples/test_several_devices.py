@@ -46,6 +46,7 @@ PLAIN = {
     "extrapolated": [optax.sgd(0.1, 0.9), optax.scale_by_optimistic_gradient()],
     "scaled": [optax.sgd(0.1, 0.9), dc.scale_by_staleness(0.5)],
 }
+OFF = dict.fromkeys(("scaled", "DC-a", "predicted", "extrapolated", "robust"), 0)
 
 
 def test_what_a_method_does_not_use_is_switched_off(methods):
@@ -59,14 +60,15 @@ def test_what_a_method_does_not_use_is_switched_off(methods):
 
     final = {}
     for method, links in PLAIN.items():
-        final[method] = run(methods.make_optimizer("SGD", 0.1, methods.ideas_of(method)))
+        final[method] = run(methods.make_optimizer("SGD", 0.1, methods.ideas_of(method, 3)))
         plain = links if len(links) == 2 else [*links, optax.sgd(0.1, 0.9)]
         pair = (final[method], run(optax.chain(*plain)))
         for a, b in zip(*map(jax.tree.leaves, pair), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
     assert len({float(tree["frozen"]["offset"]) for tree in final.values()}) == len(PLAIN)
     assert methods.METHODS["all-three"] == ("predicted", "extrapolated", "robust")
-    assert sum(methods.ideas_of("predicted+robust").values()) == 2
+    assert methods.ideas_of("predicted+robust", 3) == OFF | {"predicted": np.inf, "robust": 1}
+    assert methods.ideas_of("strong", 3) == OFF | {"predicted": 2, "extrapolated": 3, "robust": 1}
 
 
 # --- Overlapped reductions ---
@@ -104,7 +106,7 @@ def test_overlapped_steps_are_those_of_one_device_some_updates_late(overlapped, 
     for method, delay in [("fresh", 0), *late]:
         init, advance = steps[delay]
         w = jax.tree.map(jnp.copy, params)
-        on = methods.ideas_of(method)
+        on = methods.ideas_of(method, delay)
         w, _ = jax.block_until_ready(advance(w, init(w), batches, 0.1, on))
 
         kernel = np.float64(params["linear"]["kernel"][...])
