@@ -222,7 +222,7 @@ def test_the_code_of_the_page_on_local_steps_runs():
     for block in blocks("docs/local_steps.md"):
         if "simulation.run" in block and "parameter_server" not in block:
             run(block, names)
-            assert 0 < names["result"].history.loss[-1] < 1e-6 * names["result"].history.loss[0]
+            assert 0 < names["result"].history.loss[-1] < 1e-4 * names["result"].history.loss[0]
     assert int(names["arrivals"].batch[-1]) > 600 * 4
 
 
@@ -236,5 +236,5 @@ def test_the_code_of_the_page_on_local_steps_runs_on_ray():
             run(block, names)
     found, replayed = (names[name].params["w"] for name in ("result", "replayed"))
     np.testing.assert_allclose(found, replayed, 1e-6)
-    assert 0 < names["result"].history.loss[-1] < 1e-6 * names["result"].history.loss[0]
+    assert 0 < names["result"].history.loss[-1] < 1e-4 * names["result"].history.loss[0]
     assert 1 < names["result"].history.num_steps.max() <= 16
