@@ -23,18 +23,19 @@ from optax_dcasgd import (
 LR, MOMENTUM = 0.05, 0.9
 IDEAS = {"predicted", "robust", "extrapolated"}
 STAGES = {"kernel": 2, "bias": 1, "scale": 0}
+BETA, MOST = 1.5, 1  # of extrapolation, and the most updates that are predicted
 
 
-def recipe():
+def recipe(beta=1.0):
     return optax.chain(
         robust_delay_compensation(),
         optax.sgd(LR, MOMENTUM),
-        optax.scale_by_optimistic_gradient(),  # u + (u − the previous u)
+        optax.scale_by_optimistic_gradient(beta=beta),  # u + β (u − the previous u)
         track_velocity(0.0),
     )
 
 
-def written_out(delays, *, until_full, ideas=IDEAS):
+def written_out(delays, *, until_full, ideas=IDEAS, beta=1.0, most=9):
     """The parameters after each update, in float64.
 
     ``until_full``: whether nothing at all happens until there is a gradient for every parameter.
@@ -46,7 +47,7 @@ def written_out(delays, *, until_full, ideas=IDEAS):
     momentum, velocity, last = zeros, zeros, None
     trajectory = []
     for t in range(UPDATES):
-        ahead = {name: delay * ("predicted" in ideas) for name, delay in delays.items()}
+        ahead = {name: min(delay, most) * ("predicted" in ideas) for name, delay in delays.items()}
         at = {name: w[name] + ahead[name] * velocity[name] for name in w}
         arrived = {name: lines[name](g, at[name]) for name, g in exact_grads(at, t).items()}
         missing = {name for name, entry in arrived.items() if entry is None}
@@ -61,7 +62,7 @@ def written_out(delays, *, until_full, ideas=IDEAS):
         update = {name: -LR * momentum[name] for name in w}
         velocity = update
         if "extrapolated" in ideas and last is not None:
-            velocity = {name: 2 * update[name] - last[name] for name in w}
+            velocity = {n: (1 + beta) * update[n] - beta * last[n] for n in w}
         last = update
         w = {name: w[name] + (name not in missing) * velocity[name] for name in w}
         trajectory.append(w)
@@ -70,9 +71,11 @@ def written_out(delays, *, until_full, ideas=IDEAS):
 
 @functools.cache
 def expected(case):
-    delays = {"stages": STAGES, "one delay": dict.fromkeys(PARAMS, 2)}
-    delays = delays.get(case, dict.fromkeys(PARAMS, 1))
-    loop = functools.partial(written_out, delays, until_full=case != "stages")
+    delays = {"overlapped": dict.fromkeys(PARAMS, 1), "one delay": dict.fromkeys(PARAMS, 2)}
+    delays = delays.get(case, STAGES)
+    loop = functools.partial(written_out, delays, until_full=delays is not STAGES)
+    if case == "strong":
+        loop = functools.partial(loop, beta=BETA, most=MOST)
     trajectory, robust = loop()
     assert robust.shrunk
     for idea in IDEAS:  # or the test would pass without it
@@ -81,18 +84,22 @@ def expected(case):
     return trajectory
 
 
-@pytest.mark.parametrize("delay", [2, STAGES], ids=["one delay", "stages"])
-def test_under_a_known_delay(delay):
+@pytest.mark.parametrize("case", ["one delay", "stages", "strong"])
+def test_under_a_known_delay(case):
+    delay = ahead = 2 if case == "one delay" else STAGES
     tx = delay_gradients(recipe(), delay)
+    if case == "strong":
+        tx = delay_gradients(recipe(BETA), delay)
+        ahead = jax.tree.map(lambda d: min(d, MOST), delay)
 
     @jax.jit
     def step(params, state, batch):
-        at = predict_params(params, state, delay)
+        at = predict_params(params, state, ahead)
         updates, state = tx.update(jax.grad(loss)(at, batch), state, params, stale_params=at)
         return optax.apply_updates(params, updates), state
 
     params, state = PARAMS, tx.init(PARAMS)
-    for t, wanted in enumerate(expected("stages" if delay is STAGES else "one delay")):
+    for t, wanted in enumerate(expected(case)):
         params, state = step(params, state, (X[t], Y[t]))
         assert_close(params, wanted, rtol=1e-4)
 
