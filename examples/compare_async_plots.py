@@ -61,20 +61,24 @@ def plot_error_over_time(groups: Groups, title: str, path: Path) -> None:
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis in axes.flat[len(workers) :]:
         axis.remove()
+    lowest = 100.0
     for axis, w in zip(axes.flat, workers, strict=False):
         for method in methods:
             cells = groups.get((method, 1 if method == "SGD" else w))
             if cells:
                 cell = choose(cells)
+                errors = 100 * running_mean(cell.test_error.mean(0))
+                lowest = np.nanmin([lowest, *errors])
                 axis.plot(
                     cell.seconds.mean(0),
-                    100 * running_mean(cell.test_error.mean(0)),
+                    errors,
                     color=looks[method][0],
                     linestyle=looks[method][1],
                     linewidth=1.6,
                     label=f"{method} (M=1)" if method == "SGD" else method,
                 )
-        axis.set(xscale="log", yscale="log", ylim=(1, 100), title=f"M = {w}")
+        bottom = 1 if lowest < 10 else 10  # the panels share it, and the last one sets it
+        axis.set(xscale="log", yscale="log", ylim=(bottom, 100), title=f"M = {w}")
         for one in (axis.xaxis, axis.yaxis):
             low, high = one.get_view_interval()
             # Over more than two decades the labels in between would touch.
