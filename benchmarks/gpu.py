@@ -42,7 +42,7 @@ RESERVE = 20  # seconds that must be left for another program
 
 
 def cases(quick: bool) -> list[Case]:
-    """What is measured, the quickest first."""
+    """What is measured, those that compile quickest first."""
     if quick:
         few = [(1 << 10,), (3, 5)]
         return [

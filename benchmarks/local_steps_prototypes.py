@@ -7,8 +7,8 @@
 * ``gated``: steps gated by staleness (arXiv 2605.09126), e^(−ατ) times a cosine that is zero from a
   cutoff on.
 
-They train what ``examples/local_steps.py --quick`` trains, with its tables, or what its other
-options say:
+They train what ``examples/local_steps.py --quick`` trains, with its tables. Other options
+are passed on to it:
 
     python benchmarks/local_steps_prototypes.py --out out
     python benchmarks/local_steps_prototypes.py --out out --problem mnist --batches 4096
@@ -78,7 +78,9 @@ def prototypes(num_workers: int) -> dict[str, Any]:
         return delayed_nesterov(rate * num_workers, num_workers)
 
     def behind_robust(outer: Any) -> Any:
-        return lambda rate, _: optax.chain(robust_delay_compensation(), outer(rate, _))
+        return lambda rate, momentum: optax.chain(
+            robust_delay_compensation(), outer(rate, momentum)
+        )
 
     return {
         "delayed": delayed,

@@ -77,19 +77,19 @@ def plot_error_over_time(groups: Groups, title: str, path: Path) -> None:
                     linewidth=1.6,
                     label=f"{method} (M=1)" if method == "SGD" else method,
                 )
-        bottom = 1 if lowest < 10 else 10  # the panels share it, and the last one sets it
-        axis.set(xscale="log", yscale="log", ylim=(bottom, 100), title=f"M = {w}")
+        axis.set(xscale="log", yscale="log", title=f"M = {w}")
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(f"test error, % (running mean of {WINDOW})")
+    axes.flat[0].set_ylim(1 if lowest < 10 else 10, 100)  # of all, which share it
+    for axis in axes.flat[: len(workers)]:
+        axis.set_xlabel("virtual seconds (one gradient: 1 s on average)")
         for one in (axis.xaxis, axis.yaxis):
             low, high = one.get_view_interval()
             # Over more than two decades the labels in between would touch.
             one.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
             one.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             one.set_minor_formatter(NullFormatter())
-        axis.grid(alpha=0.3)
-    for axis in axes[:, 0]:
-        axis.set_ylabel(f"test error, % (running mean of {WINDOW})")
-    for axis in axes.flat[: len(workers)]:
-        axis.set_xlabel("virtual seconds (one gradient: 1 s on average)")
     figure.suptitle(title, fontsize="medium")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(

@@ -80,7 +80,9 @@ def mnist() -> tuple[np.ndarray, np.ndarray]:
 
 def characters() -> tuple[np.ndarray, np.ndarray]:
     """14,000 pieces of text, and for each of their characters the next one."""
-    text = np.concatenate(load_text())[: 14_000 * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
+    text = np.concatenate(load_text())
+    assert text.max() < 100  # what the model has room for
+    text = text[: 14_000 * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
     return text[:, :-1], text[:, 1:]
 
 
@@ -96,8 +98,8 @@ class Problem:
     target: float  # training loss
     good: float  # test error under which a learning rate counts as one that works
     at_once: int  # how many runs are vectorized; the rest follow in the same program
-    evaluate_at_once: int  # images: their patches should fit a core's cache
-    evaluated: int | None = None  # training images that the training loss is of; None: all
+    evaluate_at_once: int  # examples: an image's patches should fit a core's cache
+    evaluated: int | None = None  # training examples that the training loss is of; None: all
 
     @property
     def num_parameters(self) -> int:
@@ -107,23 +109,21 @@ class Problem:
 
 
 PROBLEMS = {
-    "digits": Problem(digits, MLP, 1077, 2000, 25, 0.05, 0.1, 64, evaluate_at_once=1077),
-    # One at a time: vectorized, the slices of a convolution are slower than one after another.
-    "mnist": Problem(mnist, CNN, 3000, 1500, 50, 0.1, 0.15, 1, evaluate_at_once=250),
-    # Two blocks, up to 100 characters.
-    "characters": Problem(
-        characters,
-        functools.partial(Transformer, 100, 2),
-        13_000,
-        2000,
-        100,
-        2.4,
-        0.7,
-        1,
-        evaluate_at_once=100,
-        evaluated=500,
+    "digits": Problem(
+        digits, MLP, train_size=1077, pushes=2000, evaluate_every=25, target=0.05, good=0.1,
+        at_once=64, evaluate_at_once=1077,
     ),
-}
+    # One at a time: vectorized, the slices of a convolution are slower than one after another.
+    "mnist": Problem(
+        mnist, CNN, train_size=3000, pushes=1500, evaluate_every=50, target=0.1, good=0.15,
+        at_once=1, evaluate_at_once=250,
+    ),
+    # Two blocks; the text has fewer than 100 different characters.
+    "characters": Problem(
+        characters, functools.partial(Transformer, 100, 2), train_size=13_000, pushes=2000,
+        evaluate_every=100, target=2.4, good=0.7, at_once=1, evaluate_at_once=100, evaluated=500,
+    ),
+}  # fmt: skip
 
 
 def split(problem: Problem) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -207,8 +207,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--methods", choices=asynchronous, nargs="+", metavar="NAME",
         help=f"any of {' '.join(asynchronous)}" + listed("methods"))  # fmt: skip
     add("--rates", type=positive, nargs="+", metavar="LR", help="outer" + listed("rates"))
-    add("--fixed-rate", type=positive, default=1.0, metavar="LR",
-        help="the outer rate that is shown for all, if it was run [1]")  # fmt: skip
+    add("--fixed-rate", type=positive, default=0.5, metavar="LR",
+        help="the outer rate that is shown for all, if it was run [0.5]")  # fmt: skip
     inner = ", ".join(f"{name} {tx.__name__} {rate:g}" for name, (tx, rate) in INNER.items())
     add("--inner-rate", type=positive, metavar="LR", help=f"of the local steps [{inner}]")
     add("--seeds", type=count, metavar="N", help=f"[{FULL['seeds']}; --quick {QUICK['seeds']}]")

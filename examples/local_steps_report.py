@@ -139,7 +139,8 @@ def against(barrier: str, cells: list[LocalCell], args: argparse.Namespace) -> l
 def everywhere(barrier: str, cells: list[LocalCell]) -> str:
     """For each method and outer rate, in how many cases it ends as well as a barrier at its best.
 
-    A case is a number of workers with their speeds, and a number of steps.
+    A case is a number of workers with their speeds, and a number of steps. In a good one no seed
+    fails, and the mean error is not clearly higher.
     """
 
     def case(cell: LocalCell) -> tuple[str, int, int]:
@@ -156,8 +157,11 @@ def everywhere(barrier: str, cells: list[LocalCell]) -> str:
         row = [method]
         for learning_rate in rates:
             found = [c for c in at_rate(cells, learning_rate) if c.method == method]
+            errors = [errors_of(cell) for cell in found]
             good = [
-                compare(best[case(c)], errors_of(c), standard_errors=2) != "hurt" for c in found
+                not np.isnan(after).any()
+                and compare(best[case(cell)], after, standard_errors=2) != "hurt"
+                for cell, after in zip(found, errors, strict=True)
             ]
             row.append(f"{sum(good)} of {len(good)}")
         rows.append(row)
@@ -214,8 +218,9 @@ def report(cells: list[LocalCell], about: str, args: argparse.Namespace) -> str:
                     parts.append("\n".join([head, "", *lines]))
     for barrier in [m for m in SYNCHRONOUS if m in args.methods]:
         parts += [
-            f"## One outer rate for all\n\nIn how many cases (speeds, H and M) the test error is "
-            f"not clearly worse than that of {barrier} at its own best rate.",
+            f"## One outer rate for all, against {barrier}",
+            "In how many cases (speeds, H and M) no seed fails and the test error is not clearly "
+            f"higher than {barrier}'s at its best rate.",
             everywhere(barrier, cells),
         ]
     parts.append(

@@ -31,7 +31,7 @@ import stale_methods
 from characters import CONTEXT, Transformer, load_text
 from common import count
 from flax import nnx
-from stale_methods import METHODS, Cell, ideas_of, make_optimizer
+from stale_methods import METHODS, UNDELAYED, Cell, ideas_of, make_optimizer
 from stale_report import Measure, run
 from tqdm import tqdm
 
@@ -118,7 +118,7 @@ class Trainer:
     def __call__(self, name: Cell, bar: tqdm) -> dict[str, list[list[float]]]:
         """The validation losses after every `EVALUATE_EVERY` updates."""
         method = name["method"]
-        delayed = not method.startswith("fresh")
+        delayed = method not in UNDELAYED
         start, advance = self.program(name["stages"], name["optimizer"], delayed)
         state, losses = start(), []
         on = ideas_of(method, (name["stages"] - 1) / 2)  # the mean delay

@@ -11,9 +11,9 @@ Three optimizers, each with what can be done about stale gradients:
   u + (u − the previous u);
 * robust: `robust_delay_compensation` before the optimizer, with its defaults;
 * each pair of the last three, and all three;
-* strong: all three, where the difference of the updates is added as often as the delay is long (of
-  stages, their mean delay), and no more than two updates are predicted;
-* fresh+extrapolated: no delay, and the extrapolation of strong: what it gives by itself.
+* strong: all three, with the update u + β (u − the previous u), where β is the delay (of stages:
+  their mean), and at most two updates predicted;
+* fresh+extrapolated: no delay, and that update: what it gives by itself.
 """
 
 import argparse
@@ -52,6 +52,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "strong": IDEAS,
     "fresh+extrapolated": ("extrapolated",),
 }
+UNDELAYED = ("fresh", "fresh+extrapolated")
 
 
 def ideas_of(method: str, delay: float) -> dict[str, float]:

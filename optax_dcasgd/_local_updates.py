@@ -70,7 +70,7 @@ def local_updates(grad_fn: GradFn, tx: optax.GradientTransformation, num_steps: 
       >>> x = jax.random.normal(jax.random.key(0), (50, 16, 32, 3))  # 50 rounds of 16 batches
       >>> arrivals = simulation.arrivals(jax.random.key(1), num_workers=4, num_updates=50)
       >>> local = local_updates(grad_fn, optax.sgd(0.02), num_steps=16)
-      >>> outer = optax.chain(robust_delay_compensation(), optax.sgd(1.0))
+      >>> outer = optax.chain(robust_delay_compensation(), optax.sgd(0.5))
       >>> result = simulation.run(local, jnp.zeros(3), outer, x, arrivals)
       >>> print(result.params.round(2))
       [1. 1. 1.]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -166,8 +167,11 @@ def all_three_by_hand(pipeline, seed):
 
 @pytest.mark.slow
 def test_a_small_pipeline_and_going_on_with_it(pipeline, capsys, tmp_path, monkeypatch):
+    model = sys.modules[pipeline.Transformer.__module__]
     for name, value in SIZES.items():
-        monkeypatch.setattr(pipeline, name, value)
+        for module in (pipeline, model):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
     options = ["--blocks=1", "--stages=2", "--updates=20", "--seeds=2", f"--out={tmp_path}"]
     options += ["--sgd-rates=0.1", "--adam-rates", "--muon-rates", "--methods", "fresh", "stale"]
     pipeline.main(options)

@@ -145,6 +145,7 @@ def roundings(actual, expected):
 @each("settings", SETTINGS)
 def test_fifty_fused_steps_are_fifty_updates(settings, implementation):
     """And the same by XLA: from each state of one run, so that roundings do not add up."""
+    # More arrays of one dtype than a launch takes; compiling them takes most of the time.
     params = mixed_tree(*((30, 3) if implementation == "pallas" else (3, 1)))
     fused, update = (make(form, implementation=implementation, **settings) for form in FORMS)
     fused_by_xla, update_by_xla = (make(form, implementation="xla", **settings) for form in FORMS)
