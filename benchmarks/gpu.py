@@ -189,15 +189,16 @@ def measure(
 
 
 def table(result: dict) -> str:
-    """The result as Markdown: a table for each way, a column for each case."""
+    """The result as Markdown: tables for each way, a column for each case."""
     lines = [f"{result['machine']}; {'; '.join(result['software'])}"]
     if result["small"]:
         lines.append("Small sizes: these figures try the script and measure nothing.")
     copies = [row["GB_per_s"] for row in result["rows"] if row["contender"] == COPY]
     if copies:
         lines.append(f"A copy moves {copies[0]:,.0f} GB/s.")
-    for way in (LOOP, CALL):
+    for way, one in ((LOOP, True), (LOOP, False), (CALL, False)):
         rows = [row for row in result["rows"] if row["way"] == way and row["contender"] != COPY]
+        rows = [row for row in rows if row["case"].startswith("one array") == one]
         columns = list(dict.fromkeys((row["case"], row["dtype"]) for row in rows))
         if not rows:
             continue
@@ -206,7 +207,7 @@ def table(result: dict) -> str:
         lines += [f"| | {titles} |", "|---" * (1 + len(columns)) + "|"]
         for name in dict.fromkeys(row["contender"] for row in rows):
             found = {(r["case"], r["dtype"]): r for r in rows if r["contender"] == name}
-            cells = [cell(found.get(column), copies) for column in columns]
+            cells = [cell(found.get(column), copies, one=one) for column in columns]
             lines.append(f"| `{name}` | {' | '.join(cells)} |")
     compiled = [
         f"{row['case']}, `{row['contender']}`: {row['compile_s']:.1f} s"
@@ -222,14 +223,14 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def cell(row: dict | None, copies: list[float]) -> str:
-    """Milliseconds; in a loop also the share of a copy's bandwidth and the kernels of a step."""
+def cell(row: dict | None, copies: list[float], *, one: bool) -> str:
+    """Milliseconds; in a loop also the share of a copy's bandwidth; of many arrays the kernels."""
     if row is None:
         return "–"
     text = f"{row['median_ms']:.3f}"
     if row["way"] == LOOP:
         notes = [f"{row['GB_per_s'] / copies[0]:.0%}"] if copies else []
-        notes += [f"{row['kernels']} kernels"] if row.get("kernels") else []
+        notes += [f"{row['kernels']} kernels"] if row.get("kernels") and not one else []
         text += f" ({', '.join(notes)})" if notes else ""
     return text
 
