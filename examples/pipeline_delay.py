@@ -42,8 +42,8 @@ EVALUATE_EVERY = 50  # updates
 FULL = {"stages": [4, 8, 16], "updates": 1000, "seeds": 5, "methods": list(METHODS)}
 FULL |= {"sgd_rates": [0.02, 0.05, 0.1, 0.2], "adam_rates": [0.001, 0.002, 0.004, 0.008]}
 FULL |= {"muon_rates": [0.003, 0.006, 0.01, 0.015]}
-QUICK = {"stages": [8], "updates": 400, "seeds": 3, "sgd_rates": [], "adam_rates": []}
-QUICK |= {"muon_rates": [0.01], "methods": ["fresh", "stale", "strong"]}
+QUICK = {"stages": [8], "updates": 600, "seeds": 3, "sgd_rates": [], "adam_rates": []}
+QUICK |= {"muon_rates": [0.006], "methods": ["fresh", "stale", "strong"]}
 
 
 def layers(num_blocks: int) -> list[Any]:
