@@ -6,10 +6,10 @@
 It needs no network, and takes JAX and PyTorch as they are installed; PyTorch runs in a process of
 its own. One large array says whether a step is at the memory's limit, beside a copy. Many small
 ones are timed in two ways: inside a compiled loop (for PyTorch a CUDA graph that is replayed), and
-one call a step, which is the dispatch of the arrays too. Reported
-are medians of interleaved turns; the least bytes of a step (each array read, or written, once) over
-that time; and of the compiled program its temporaries and the kernels that it launches a step. What
-cannot run here, or has no time left, is left out and named. Without a GPU, or with ``--quick``, all
+one call a step, which is the dispatch of the arrays too. Reported are medians of interleaved turns;
+the least bytes of a step (each array read, or written, once) over that time; and of the compiled
+program its temporaries and the kernels that it launches a step. What cannot run here, or has no
+time left, is left out and named. Without a GPU, or with ``--quick``, all
 sizes are small: that tries the script and measures nothing.
 """
 
