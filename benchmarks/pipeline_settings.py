@@ -21,13 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from tqdm import tqdm
 
 from optax_dcasgd import (
     delay_gradients,
-    pipeline_delays,
-    predict_params,
     robust_delay_compensation,
     scale_by_staleness,
     track_velocity,
@@ -79,15 +76,7 @@ class Trainer(pipeline_delay.Trainer):
     """Trains one setting, all seeds at once."""
 
     def _program(self, stages: int, optimizer: str, before: bool) -> Any:
-        train, held_out = self.text
-        blocks = max(4, stages // 2)
-        models = [
-            nnx.split(pipeline_delay.Transformer(self.num_characters, blocks, nnx.Rngs(seed)))
-            for seed in range(SEEDS)
-        ]
-        graphdef, params = models[0]
-        all_params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p for _, p in models))
-        delays = pipeline_delays(params, pipeline_delay.layers(blocks), stages)
+        graphdef, all_params, delays = self.models(stages)
 
         def make(rate: Any, on: dict[str, Any]) -> Any:
             betas = jax.tree.map(
@@ -106,29 +95,14 @@ class Trainer(pipeline_delay.Trainer):
             )
 
         def run(params: Any, seed: jax.Array, rate: jax.Array, on: dict[str, Any]) -> jax.Array:
-            tx = make(rate, on)
-
             def predicted(d: int) -> Any:
                 powers = on["gamma"] ** jnp.arange(d)
                 return jnp.minimum(on["mult"] * jnp.sum(powers), on["cap"])
 
-            ahead = jax.tree.map(predicted, delays)
-
-            def step(carry: Any, _: None) -> Any:
-                params, state, key = carry
-                key, batch_key = jax.random.split(key)
-                shape = (pipeline_delay.BATCH, 1)
-                length = pipeline_delay.CONTEXT
-                first = jax.random.randint(batch_key, shape, 0, len(train) - length)
-                batch = train[first + jnp.arange(length + 1)]
-                at = predict_params(params, state, ahead)
-                grads = jax.grad(pipeline_delay.loss_fn, argnums=1)(graphdef, at, batch)
-                updates, state = tx.update(grads, state, params, stale_params=at)
-                return (optax.apply_updates(params, updates), state, key), None
-
-            carry = params, tx.init(params), jax.random.key(seed)
-            carry, _ = jax.lax.scan(step, carry, length=UPDATES)
-            return pipeline_delay.loss_fn(graphdef, carry[0], held_out)
+            ahead, tx = jax.tree.map(predicted, delays), make(rate, on)
+            state = params, tx.init(params), jax.random.key(seed)
+            state = self.train(graphdef, tx, ahead, state, UPDATES)
+            return pipeline_delay.loss_fn(graphdef, state[0], self.text[1])
 
         program = jax.jit(jax.vmap(run, in_axes=(0, 0, None, None)))
         return functools.partial(program, all_params, jnp.arange(SEEDS))
@@ -139,6 +113,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=8, metavar="P")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     args = parser.parse_args()
+    args.seeds, args.blocks = SEEDS, 4
     trainer = Trainer(args)
     wanted = [(name, setting) for name in args.optimizers for setting in SETTINGS[name]]
     for name, setting in tqdm(wanted, unit="setting"):

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from optax_dcasgd import simulation
+from optax_dcasgd import diagnostics, simulation
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
@@ -238,10 +238,72 @@ def staleness() -> Figure:
     return figure
 
 
+def cells(name: str) -> list[dict[str, Any]]:
+    """The cells of an example on pipelines or overlapped reductions."""
+    lines = (RESULTS / name / "cells.jsonl").read_text().splitlines()
+    return [entry["name"] | entry["curves"] for entry in map(json.loads, lines)]
+
+
+def given_back() -> Figure:
+    """What overlapped reductions and pipelines cost, and what the three ideas leave of it."""
+    figure = Figure(figsize=(8.6, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    looks = {
+        "fresh": ("the synchronous step", BLACK, "-", "o"),
+        "stale": ("one update late", RED, ":", "s"),
+        "predicted+robust": ("predicted, compensated", BLUE, "--", "D"),
+    }
+    found = [cell for cell in cells("overlapped_data_parallel") if cell["optimizer"] == "SGD"]
+    for method, (label, color, style, marker) in looks.items():
+        of_method = [cell for cell in found if cell["method"] == method]
+        of_method.sort(key=lambda cell: cell["learning_rate"])
+        rates = [cell["learning_rate"] for cell in of_method]
+        last = 100 * np.array([[run[-1] for run in cell["accuracy"]] for cell in of_method])
+        left.plot(rates, last.mean(1), style, color=color, marker=marker, markersize=5, label=label)
+        left.fill_between(rates, last.min(1), last.max(1), color=color, alpha=0.15, lw=0)
+    left.set(xscale="log", xlabel="learning rate", ylabel="test accuracy, %", ylim=(0, 100))
+    log_axis(left.xaxis, rates)
+    left.set_title("all-reduce under the next step, SGD 0.9", fontsize="medium")
+    left.legend(fontsize=8.5, loc="lower left")
+
+    of_kind: dict[tuple[str, str, int], list[np.ndarray]] = {}
+    for cell in cells("pipeline_delay"):
+        kind = cell["optimizer"], cell["method"], cell["stages"]
+        of_kind.setdefault(kind, []).append(np.array(cell["loss"], float))
+    best = {k: min(losses, key=lambda loss: loss[:, -1].mean()) for k, losses in of_kind.items()}
+    for optimizer, color, marker in (
+        ("Adam", ORANGE, "s"),
+        ("SGD", GREEN, "^"),
+        ("Muon", BLUE, "D"),
+    ):
+        for method, style, label in (("stale", ":", "stale"), ("strong", "-", "the three ideas")):
+            points = []
+            for stages in sorted(n for o, m, n in best if (o, m) == (optimizer, method)):
+                fresh, late = (best[optimizer, m, stages] for m in ("fresh", method))
+                updates = np.arange(1, 1 + fresh.shape[1])
+                overhead = diagnostics.overhead(fresh, late, updates)
+                points.append((stages, overhead.ratio, overhead.standard_error))
+            right.errorbar(
+                *zip(*points, strict=True), ls=style, color=color, marker=marker, markersize=5,
+                capsize=3, label=f"{optimizer}, {label}",
+            )  # fmt: skip
+    right.axhline(1, color=BLACK, linewidth=1)
+    right.set(
+        xscale="log", xlabel="stages of a pipeline", ylabel="updates for the same loss, × fresh"
+    )
+    log_axis(right.xaxis, [4, 8, 16])
+    right.set_title("one setting for all", fontsize="medium")
+    right.legend(fontsize=8.5)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     function.__name__: function
     for function in (
         late_gradients,
+        given_back,
         stable_region,
         pushes_to_target,
         time_of_an_update,

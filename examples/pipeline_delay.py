@@ -73,8 +73,8 @@ class Trainer:
         self.num_characters = int(train.max()) + 1
         self.program = functools.lru_cache(maxsize=1)(self._program)
 
-    def _program(self, stages: int, optimizer: str, delayed: bool) -> tuple[Any, Any]:
-        train, held_out = self.text
+    def models(self, stages: int) -> tuple[nnx.GraphDef, nnx.State, Any]:
+        """The model, its parameters with an axis of seeds in front, and their delays."""
         blocks = max(self.args.blocks, -(-stages // 2))
         models = [
             nnx.split(Transformer(self.num_characters, blocks, nnx.Rngs(seed)), nnx.Param)
@@ -82,7 +82,34 @@ class Trainer:
         ]
         graphdef, params = models[0]
         all_params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p for _, p in models))
-        delays = pipeline_delays(params, layers(blocks), stages)
+        return graphdef, all_params, pipeline_delays(params, layers(blocks), stages)
+
+    def train(
+        self,
+        graphdef: nnx.GraphDef,
+        tx: optax.GradientTransformationExtraArgs,
+        ahead: Any,
+        state: Any,
+        updates: int = EVALUATE_EVERY,
+    ) -> Any:
+        """Some updates of ``state``: parameters, optimizer's state and key of one seed."""
+        text = self.text[0]
+
+        def step(carry: Any, _: None) -> tuple[Any, None]:
+            params, opt_state, key = carry
+            key, batch_key = jax.random.split(key)
+            first = jax.random.randint(batch_key, (BATCH, 1), 0, len(text) - CONTEXT)
+            batch = text[first + jnp.arange(CONTEXT + 1)]
+            # Where the parameters will be when the gradient arrives, or are now.
+            at = predict_params(params, opt_state, ahead)
+            grads = jax.grad(loss_fn, argnums=1)(graphdef, at, batch)
+            updates, opt_state = tx.update(grads, opt_state, params, stale_params=at)
+            return (optax.apply_updates(params, updates), opt_state, key), None
+
+        return jax.lax.scan(step, state, length=updates)[0]
+
+    def _program(self, stages: int, optimizer: str, delayed: bool) -> tuple[Any, Any]:
+        graphdef, all_params, delays = self.models(stages)
 
         def make(learning_rate: Any, on: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
             tx = make_optimizer(optimizer, learning_rate, on)
@@ -93,22 +120,9 @@ class Trainer:
             return copy, make(0.1, ideas_of("all-three", 1)).init(params), jax.random.key(seed)
 
         def advance(state: Any, learning_rate: jax.Array, on: Any) -> tuple[Any, jax.Array]:
-            tx = make(learning_rate, on)
             ahead = jax.tree.map(lambda delay: jnp.minimum(delay, on["predicted"]), delays)
-
-            def step(carry: Any, _: None) -> tuple[Any, None]:
-                params, opt_state, key = carry
-                key, batch_key = jax.random.split(key)
-                first = jax.random.randint(batch_key, (BATCH, 1), 0, len(train) - CONTEXT)
-                batch = train[first + jnp.arange(CONTEXT + 1)]
-                # Where the parameters will be when the gradient arrives, or are now.
-                at = predict_params(params, opt_state, ahead)
-                grads = jax.grad(loss_fn, argnums=1)(graphdef, at, batch)
-                updates, opt_state = tx.update(grads, opt_state, params, stale_params=at)
-                return (optax.apply_updates(params, updates), opt_state, key), None
-
-            state, _ = jax.lax.scan(step, state, length=EVALUATE_EVERY)
-            return state, loss_fn(graphdef, state[0], held_out)
+            state = self.train(graphdef, make(learning_rate, on), ahead, state)
+            return state, loss_fn(graphdef, state[0], self.text[1])
 
         start = jax.jit(jax.vmap(start))
         seeds = jnp.arange(self.args.seeds)

@@ -152,6 +152,35 @@ def tables(name: str, methods: dict[str, Rates], updates: np.ndarray, measure: M
     return "\n".join(lines)
 
 
+def overview(cells: list[Cell], updates: np.ndarray, measure: Measure) -> str:
+    """A row for each number of stages and optimizer, with the methods that all of them have."""
+    found = {
+        name: {method: best(rates, measure) for method, rates in methods.items()}
+        for name, methods, _ in groups(cells)
+    }
+    shared = [m for m in METHODS if all(m in chosen for chosen in found.values())]
+    if len(found) < 2 or not {"fresh", "stale"} < {*shared}:
+        return ""
+    shared.remove("fresh")
+    lines = [
+        "### Updates for the same loss, × fresh (gap closed), each at its best rate",
+        "",
+        row("", *shared),
+        "|---" * (1 + len(shared)) + "|",
+    ]
+    for name, chosen in found.items():
+        entries = [name]
+        for method in shared:
+            ratio = times(chosen["fresh"], chosen[method], updates)
+            entry = f"{ratio.ratio:.2f} ± {ratio.standard_error:.2f}" if ratio else ""
+            if method != "stale":
+                share = share_closed(chosen["fresh"], chosen["stale"], chosen[method], measure)
+                entry += f" ({share or 'no gap'})"
+            entries.append(entry)
+        lines.append(row(*entries))
+    return "\n".join(lines)
+
+
 def plot_curves(cells: list[Cell], updates: np.ndarray, measure: Measure, path: Path) -> None:
     """Draws every method at its best rate: the mean over seeds, and the lowest to the highest."""
     found = list(groups(cells))
@@ -214,7 +243,8 @@ def plot_overhead(cells: list[Cell], updates: np.ndarray, measure: Measure, path
 def report(cells: list[Cell], updates: np.ndarray, measure: Measure, title: str, out: Path) -> str:
     """The tables, also written to tables.md, and the plots."""
     parts = [tables(name, methods, updates, measure) for name, methods, _ in groups(cells)]
-    words = "\n\n".join([f"## {title}", *parts])
+    parts.append(overview(cells, updates, measure))
+    words = "\n\n".join(filter(None, [f"## {title}", *parts]))
     (out / "tables.md").write_text(words + "\n")
     plot_curves(cells, updates, measure, out / "curves.png")
     plot_overhead(cells, updates, measure, out / "overhead.png")
