@@ -1,4 +1,4 @@
-"""Published ideas about stale pipelines, by themselves and on top of "strong" (docs/pipelines.md).
+r"""Published ideas about stale pipelines, by themselves and on top of "strong" (docs/pipelines.md).
 
 * warmed-up: the first 100 updates wait for the pipeline to drain, and so have no delay (PipeMare,
   arXiv 1910.05124, T3);
@@ -6,13 +6,15 @@
 * momentum-up: rises from the last stage to the first, from what it is to 0.99 (arXiv 2505.01099);
   momentum-down: falls to 0.5; fresh+momentum-up: what the first gives gradients without delay;
 * SOAP, an optimizer: Adam in the eigenbases of the averaged GGᵀ and GᵀG (arXiv 2409.11321; for
-  stale pipelines 2602.03515). They are refreshed every 10 updates; by-age: every 5 updates in the
+  stale pipelines 2602.03515). They are refreshed every 10 updates; strong+by-age: every 5 in the
   older half of the stages, and every 20 in the other.
 
-It trains what ``examples/pipeline_delay.py`` trains, with its options, tables and sentences, and
-its file of finished cells:
+It trains what ``examples/pipeline_delay.py`` trains, prints the same tables, and goes on where it
+was interrupted:
 
     python benchmarks/pipeline_ideas.py --out out
+    python benchmarks/pipeline_ideas.py --out out --sgd-rates --adam-rates --muon-rates \
+        --soap-rates 0.003 0.006 --methods fresh stale strong strong+by-age
 """
 
 import argparse
@@ -40,13 +42,14 @@ import stale_methods
 import stale_report
 from pipeline_delay import EVALUATE_EVERY
 
-IDEAS = ("warmed-up", "annealed", "momentum-up", "momentum-down", "by-age")
+IDEAS = ("warmed-up", "annealed", "momentum-up", "momentum-down")
 METHODS = ["fresh", "fresh+momentum-up", "stale", *IDEAS]
-METHODS += ["strong", *(f"strong+{idea}" for idea in IDEAS)]
+METHODS += ["strong", *(f"strong+{idea}" for idea in IDEAS), "strong+by-age"]
 WARM_UP, ANNEAL = 100, 250  # updates
+FIRST_MOMENTUM = {"momentum-up": 0.99, "momentum-down": 0.5}  # of the first stage
 CHUNK = 5  # updates between two refreshes of the oldest bases
 FULL: dict[str, Any] = {"stages": [8], "updates": 1000, "seeds": 5}
-FULL |= {"methods": [name for name in METHODS if "by-age" not in name]}
+FULL |= {"methods": METHODS[:-1]}
 FULL |= {"sgd_rates": [0.1], "adam_rates": [0.002], "muon_rates": [0.006], "soap_rates": []}
 
 
@@ -61,12 +64,12 @@ class SoapState(NamedTuple):
 
 
 def soap(learning_rate: Any, b1: float = 0.95, b2: float = 0.95) -> optax.GradientTransformation:
-    """Adam in bases that `refreshed` turns into eigenbases."""
+    """Adam in bases that `refresh_bases` turns into eigenbases."""
 
-    def there(x: jax.Array, bases: Any) -> jax.Array:
+    def into(x: jax.Array, bases: Any) -> jax.Array:
         return bases[0].T @ x @ bases[1] if bases else x
 
-    def back(x: jax.Array, bases: Any) -> jax.Array:
+    def out_of(x: jax.Array, bases: Any) -> jax.Array:
         return bases[0] @ x @ bases[1].T if bases else x
 
     def init(params: Any) -> SoapState:
@@ -82,19 +85,19 @@ def soap(learning_rate: Any, b1: float = 0.95, b2: float = 0.95) -> optax.Gradie
         mu = [b1 * m + (1 - b1) * g for m, g in zip(state.mu, leaves, strict=True)]
         nu, second, updates = [], [], []
         for i, g in enumerate(leaves):
-            nu.append(b2 * state.nu[i] + (1 - b2) * there(g, bases[i]) ** 2)
+            nu.append(b2 * state.nu[i] + (1 - b2) * into(g, bases[i]) ** 2)
             products = (g @ g.T, g.T @ g) if bases[i] else ()
             averaged = zip(state.second[i], products, strict=True)
             second.append(tuple(b2 * s + (1 - b2) * p for s, p in averaged))
             scale = jnp.sqrt(nu[i] / (1 - b2**count)) + 1e-8
-            direction = there(mu[i], bases[i]) / (1 - b1**count) / scale
-            updates.append(-learning_rate * back(direction, bases[i]))
+            direction = into(mu[i], bases[i]) / (1 - b1**count) / scale
+            updates.append(-learning_rate * out_of(direction, bases[i]))
         return structure.unflatten(updates), SoapState(count, mu, nu, second, bases)
 
     return optax.GradientTransformation(init, update)
 
 
-def refreshed(opt_state: Any, due: list[Any]) -> Any:
+def refresh_bases(opt_state: Any, due: list[Any]) -> Any:
     """The state with one step of power iteration in the bases of the parameters that are due."""
 
     def refresh(state: Any) -> Any:
@@ -112,7 +115,10 @@ def refreshed(opt_state: Any, due: list[Any]) -> Any:
 
 
 def inner(optimizer: str, rate: Any, momentum: float | None) -> optax.GradientTransformation:
-    """The optimizer, with its usual momentum or with this one; a step stays as long."""
+    """The optimizer, with its usual momentum or with this one; a step stays as long.
+
+    Under Muon it is that of the matrices.
+    """
     if momentum is None:
         return stale_methods.OPTIMIZERS[optimizer](rate)
     if optimizer == "SGD":
@@ -120,7 +126,7 @@ def inner(optimizer: str, rate: Any, momentum: float | None) -> optax.GradientTr
     if optimizer == "Adam":
         return optax.adam(rate, momentum)
     if optimizer == "Muon":
-        return optax.contrib.muon(rate, beta=momentum, adam_b1=momentum)
+        return optax.contrib.muon(rate, beta=momentum)
     return soap(rate, momentum)
 
 
@@ -132,15 +138,18 @@ class Trainer(pipeline_delay.Trainer):
         ideas = method.split("+")
         leaves = jax.tree.leaves(delays)
 
-        def of_stage(rate: Any, delay: int) -> optax.GradientTransformation:
+        of_first_stage = [FIRST_MOMENTUM[idea] for idea in ideas if idea in FIRST_MOMENTUM]
+
+        def by_stage(rate: Any) -> optax.GradientTransformation:
             usual = 0.9 if optimizer in ("SGD", "Adam") else 0.95
-            first = 0.99 if "momentum-up" in ideas else 0.5
-            return inner(optimizer, rate, usual + (first - usual) * delay / (stages - 1))
+            momentum = {
+                d: usual + (of_first_stage[0] - usual) * d / (stages - 1) for d in {*leaves}
+            }
+            kinds = {d: inner(optimizer, rate, value) for d, value in momentum.items()}
+            return optax.partition(kinds, delays)
 
         def make(rate: Any) -> optax.GradientTransformationExtraArgs:
-            by_stage = any(idea.startswith("momentum") for idea in ideas)
-            kinds = {d: of_stage(rate, d) for d in set(leaves)}
-            tx = optax.partition(kinds, delays) if by_stage else inner(optimizer, rate, None)
+            tx = by_stage(rate) if of_first_stage else inner(optimizer, rate, None)
             links = [tx]
             if "strong" in ideas:
                 extrapolated = optax.scale_by_optimistic_gradient(beta=(stages - 1) / 2)
@@ -162,43 +171,43 @@ class Trainer(pipeline_delay.Trainer):
                 params, opt_state, key = self.train(graphdef, tx, ahead, state, CHUNK)
                 if optimizer == "SOAP":
                     done = count // CHUNK + i + 1
-                    often = [2 * d >= stages for d in leaves]  # the older half
-                    every = [(1 if o else 4) if "by-age" in ideas else 2 for o in often]
+                    is_old = [2 * d >= stages for d in leaves]
+                    every = [(1 if old else 4) if "by-age" in ideas else 2 for old in is_old]
                     due = [(done % n == 0) | (done == 1) for n in every]
-                    opt_state = refreshed(opt_state, due)
+                    opt_state = refresh_bases(opt_state, due)
                 return (params, opt_state, key), None
 
             state, _ = jax.lax.scan(chunk, state, jnp.arange(EVALUATE_EVERY // CHUNK))
             return state, pipeline_delay.loss_fn(graphdef, state[0], self.text[1])
 
-        in_axes = (0, None, None)
-        advances = [
-            jax.jit(jax.vmap(functools.partial(advance, fresh=fresh), in_axes), donate_argnums=0)
-            for fresh in (False, True)
-        ]
-        seeds = jnp.arange(self.args.seeds)
-        starts = [
-            functools.partial(
-                jax.jit(jax.vmap(functools.partial(start, fresh=fresh))), all_params, seeds
+        def compiled(fresh: bool) -> tuple[Any, Any]:
+            one_start = functools.partial(start, fresh=fresh)
+            one_advance = functools.partial(advance, fresh=fresh)
+            seeds = jnp.arange(self.args.seeds)
+            return (
+                functools.partial(jax.jit(jax.vmap(one_start)), all_params, seeds),
+                jax.jit(jax.vmap(one_advance, (0, None, None)), donate_argnums=0),
             )
-            for fresh in (False, True)
-        ]
-        return starts, advances
+
+        return compiled(fresh=False), compiled(fresh=True)
 
     def __call__(self, name: stale_methods.Cell, bar: tqdm) -> dict[str, list[list[float]]]:
         """The validation losses after every `EVALUATE_EVERY` updates."""
-        method = name["method"]
-        starts, advances = self.program(name["stages"], name["optimizer"], method)
-        fresh_until = WARM_UP if "warmed-up" in method else 0
+        method, updates = name["method"], self.args.updates
+        (start, advance), (start_fresh, advance_fresh) = self.program(
+            name["stages"], name["optimizer"], method
+        )
+        drained = WARM_UP if "warmed-up" in method else 0  # updates without delay
         if method.startswith("fresh"):
-            fresh_until = self.args.updates
-        state, losses = starts[fresh_until > 0](), []
-        for count in range(0, self.args.updates, EVALUATE_EVERY):
-            if count == fresh_until > 0:  # the pipeline fills
+            drained = updates
+        state, losses = start_fresh() if drained else start(), []
+        for count in range(0, updates, EVALUATE_EVERY):
+            if count == drained > 0:  # the pipeline fills again; the optimizer's state is kept
                 params, opt_state, key = state
-                empty = starts[0]()[1]
+                empty = start()[1]
                 state = params, empty._replace(inner_state=opt_state.inner_state), key
-            state, loss = advances[count < fresh_until](state, name["learning_rate"], count)
+            step = advance_fresh if count < drained else advance
+            state, loss = step(state, name["learning_rate"], count)
             losses.append(np.asarray(loss))
             bar.update(EVALUATE_EVERY)
         return {"loss": np.stack(losses, 1).tolist()}
@@ -208,9 +217,9 @@ def main() -> None:
     stale_methods.OPTIMIZERS["SOAP"] = soap  # type: ignore[assignment]
     stale_methods.METHODS.clear()
     stale_methods.METHODS.update(dict.fromkeys(METHODS, ()))
-    styles = list(stale_report.STYLES.values())
-    looks = {name: styles[i % len(styles)] for i, name in enumerate(METHODS)}
-    stale_report.STYLES.update(looks)
+    looks = stale_report.STYLES
+    spare = [look for name, look in looks.items() if name not in METHODS]
+    looks.update(zip([name for name in METHODS if name not in looks], spare, strict=True))
     parser = argparse.ArgumentParser("pipeline_ideas.py", description=__doc__.partition("\n")[0])
     args = stale_methods.parse_args(parser, None, FULL, {}, EVALUATE_EVERY)
     args.blocks = 4

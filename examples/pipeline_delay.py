@@ -11,12 +11,12 @@ with
     python examples/pipeline_delay.py --quick
     python examples/pipeline_delay.py
 
-It prints the validation losses at every learning rate, and for each method its best one, how much
-of what the delays cost it gives back, and its overhead: how many times as many updates it needs for
-the same loss (`diagnostics.overhead`). It saves the tables (``tables.md``), the curves
-(``curves.png``) and the overhead against the number of stages (``overhead.png``). Every finished
-cell (stages, optimizer, method, learning rate) is one line of ``cells.jsonl``, and is not run
-again: the same command goes on where it was interrupted.
+It prints the validation loss at every learning rate. For each method at its best rate it also
+prints how much of the loss that the delays cost it gives back, and its overhead: updates to the
+loss that it ends at, as a multiple of fresh training's (`diagnostics.overhead`). It saves the
+tables (``tables.md``), the curves (``curves.png``) and the overhead against the number of stages
+(``overhead.png``). Every finished cell (stages, optimizer, method, learning rate) is one line of
+``cells.jsonl``, and is not run again: the same command goes on where it was interrupted.
 """
 
 import argparse
@@ -116,8 +116,9 @@ class Trainer:
             return delay_gradients(tx, delays if delayed else 0)
 
         def start(params: nnx.State, seed: jax.Array) -> Any:
-            copy = jax.tree.map(jnp.copy, params)  # `advance` takes what it is given
-            return copy, make(0.1, ideas_of("all-three", 1)).init(params), jax.random.key(seed)
+            copy = jax.tree.map(jnp.copy, params)  # `advance` donates its argument
+            tx = make(0.1, ideas_of("all-three", 1))  # the state is the same for all methods
+            return copy, tx.init(params), jax.random.key(seed)
 
         def advance(state: Any, learning_rate: jax.Array, on: Any) -> tuple[Any, jax.Array]:
             ahead = jax.tree.map(lambda delay: jnp.minimum(delay, on["predicted"]), delays)
@@ -160,7 +161,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "staleness, as the stages of a pipeline do, and compares what can be done about it. What "
         "is not given has the value in brackets.",
     )
-    help = "of the transformer, or half the stages if that is more [4]"
+    help = "blocks of the transformer; at least half the stages are taken [4]"
     parser.add_argument("--blocks", type=count, default=4, help=help)
     return stale_methods.parse_args(parser, argv, FULL, QUICK, EVALUATE_EVERY)
 

@@ -113,7 +113,8 @@ def parse_args(
         parser.add_argument(name, help=f"{help} [{both}]", **options)
 
     help = "the main result, in under three minutes on two cores"
-    parser.add_argument("--quick", action="store_true", help=help)
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=help)
     if "stages" in full:
         help = "of the pipeline: one or more values"
         add("--stages", help, type=count, nargs="+", metavar="P")
@@ -131,7 +132,7 @@ def parse_args(
     help = "run nothing: make tables and plots of the cells that are finished"
     parser.add_argument("--report", action="store_true", help=help)
     args = parser.parse_args(argv)
-    for key, value in (full | (quick if args.quick else {})).items():
+    for key, value in (full | (quick if "quick" in args and args.quick else {})).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     make_folder(parser, args.out)

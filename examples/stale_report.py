@@ -69,7 +69,7 @@ def best(rates: Rates, measure: Measure) -> Cell:
     return min(rates.values(), key=badness)
 
 
-def text(cell: Cell, measure: Measure) -> str:
+def final_words(cell: Cell, measure: Measure) -> str:
     """Mean ± standard deviation of the seeds that did not fail, and how many did."""
     values = measure.final(cell)
     good = values[~np.isnan(values)]
@@ -89,11 +89,20 @@ def share_closed(fresh: Cell, stale: Cell, cell: Cell, measure: Measure) -> str:
     return f"{100 * (means[1] - means[2]) / (means[1] - means[0]):.0f} %"
 
 
-def times(fresh: Cell, cell: Cell, updates: np.ndarray) -> diagnostics.Overhead | None:
-    """The overhead; None if the fresh runs do not even have a first loss."""
+def overhead_of(fresh: Cell, cell: Cell, updates: np.ndarray) -> diagnostics.Overhead | None:
+    """None if the fresh runs do not even have a first loss."""
     if not np.isfinite(fresh["loss"][:, 0]).all():
         return None
     return diagnostics.overhead(fresh["loss"], cell["loss"], updates)
+
+
+def overhead_words(fresh: Cell, cell: Cell, updates: np.ndarray) -> str:
+    """The overhead ± its standard error, which one seed does not have."""
+    found = overhead_of(fresh, cell, updates)
+    if found is None:
+        return ""
+    error = found.standard_error
+    return f"{found.ratio:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
 
 
 def row(*entries: str) -> str:
@@ -107,7 +116,7 @@ def tables(name: str, methods: dict[str, Rates], updates: np.ndarray, measure: M
     lines = [f"### {name}: {measure.name}", "", row("learning rate", *(f"{r:g}" for r in rates))]
     lines.append("|---" * (1 + len(rates)) + "|")
     for method, cells in methods.items():
-        shown = [text(cells[rate], measure) if rate in cells else "" for rate in rates]
+        shown = [final_words(cells[rate], measure) if rate in cells else "" for rate in rates]
         lines.append(row(method, *shown))
     if "fresh" not in methods or "stale" not in methods:
         return "\n".join(lines)
@@ -119,18 +128,16 @@ def tables(name: str, methods: dict[str, Rates], updates: np.ndarray, measure: M
     finals = {method: measure.final(cell) for method, cell in chosen.items()}
     for method, cell in chosen.items():
         rate = f"{cell['learning_rate']:g}"
-        if len(rates) > 2 and cell["learning_rate"] in (rates[0], rates[-1]):
+        tried = sorted(methods[method])
+        if len(rates) > 2 and cell["learning_rate"] in (tried[0], tried[-1]):
             rate += " (edge)"
-        found = times(fresh, cell, updates)
-        entries = [method, rate, text(cell, measure), "", "", "", ""]
+        entries = [method, rate, final_words(cell, measure), "", "", "", ""]
         if method not in ("fresh", "stale"):
             entries[3] = share_closed(fresh, stale, cell, measure)
             entries[5] = compare(finals["stale"], finals[method], standard_errors=3)
         if method != "fresh":
             entries[6] = compare(finals["fresh"], finals[method], standard_errors=3)
-            if found is not None:
-                error = found.standard_error
-                entries[4] = f"{found.ratio:.2f}" + (f" ± {error:.2f}" if error == error else "")
+            entries[4] = overhead_words(fresh, cell, updates)
         lines.append(row(*entries))
 
     lines += ["", "Against fresh at the same learning rate:", ""]
@@ -163,7 +170,7 @@ def overview(cells: list[Cell], updates: np.ndarray, measure: Measure) -> str:
         return ""
     shared.remove("fresh")
     lines = [
-        "### Updates for the same loss, × fresh (gap closed), each at its best rate",
+        "### Overhead (gap closed), each at its best rate",
         "",
         row("", *shared),
         "|---" * (1 + len(shared)) + "|",
@@ -171,11 +178,10 @@ def overview(cells: list[Cell], updates: np.ndarray, measure: Measure) -> str:
     for name, chosen in found.items():
         entries = [name]
         for method in shared:
-            ratio = times(chosen["fresh"], chosen[method], updates)
-            entry = f"{ratio.ratio:.2f} ± {ratio.standard_error:.2f}" if ratio else ""
+            entry = overhead_words(chosen["fresh"], chosen[method], updates)
             if method != "stale":
                 share = share_closed(chosen["fresh"], chosen["stale"], chosen[method], measure)
-                entry += f" ({share or 'no gap'})"
+                entry += f" ({share or '–'})"
             entries.append(entry)
         lines.append(row(*entries))
     return "\n".join(lines)
@@ -214,7 +220,7 @@ def plot_overhead(cells: list[Cell], updates: np.ndarray, measure: Measure, path
         if stages and "fresh" in methods:
             fresh = best(methods["fresh"], measure)
             for method, rates in methods.items():
-                found = times(fresh, best(rates, measure), updates)
+                found = overhead_of(fresh, best(rates, measure), updates)
                 if method != "fresh" and found is not None and math.isfinite(found.ratio):
                     point = (stages, found.ratio, np.nan_to_num(found.standard_error))
                     points.setdefault(name.split(", ")[1], {}).setdefault(method, []).append(point)

@@ -123,9 +123,10 @@ def test_the_tables_and_sentences_of_compare_async(study):
         assert line in text, line
 
 
-def test_the_table_of_async_prediction(monkeypatch):
+@pytest.mark.parametrize("study", ["digits", "mnist"])
+def test_the_table_of_async_prediction(study, monkeypatch):
     load("compare_async")  # on which the script builds, with the module `common` of the examples
-    files = [RESULTS / "async_prediction" / name for name in ("grid.csv", "test_error.csv")]
+    files = [RESULTS / "async_prediction" / study / name for name in ("grid.csv", "test_error.csv")]
     rows = [list(csv.DictReader(file.read_text().splitlines())) for file in files]
     table = benchmark("async_prediction", monkeypatch).table(*rows)
     assert f"\n{table}\n" in page("docs/asynchronous.md")
