@@ -90,7 +90,7 @@ class Trainer:
         tx: optax.GradientTransformationExtraArgs,
         ahead: Any,
         state: Any,
-        updates: int = EVALUATE_EVERY,
+        updates: int,
     ) -> Any:
         """Some updates of ``state``: parameters, optimizer's state and key of one seed."""
         text = self.text[0]
@@ -122,7 +122,8 @@ class Trainer:
 
         def advance(state: Any, learning_rate: jax.Array, on: Any) -> tuple[Any, jax.Array]:
             ahead = jax.tree.map(lambda delay: jnp.minimum(delay, on["predicted"]), delays)
-            state = self.train(graphdef, make(learning_rate, on), ahead, state)
+            tx = make(learning_rate, on)
+            state = self.train(graphdef, tx, ahead, state, EVALUATE_EVERY)
             return state, loss_fn(graphdef, state[0], self.text[1])
 
         start = jax.jit(jax.vmap(start))

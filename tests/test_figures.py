@@ -224,6 +224,26 @@ def test_what_the_pages_outside_the_manual_link_to_is_there(name):
             assert anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor
 
 
+def test_the_table_of_published_ideas():
+    """Of pipeline_ideas.py: the validation loss at the end, mean ± standard deviation."""
+    lines = (RESULTS / "pipeline_ideas" / "cells.jsonl").read_text().splitlines()
+    final = {
+        tuple(entry["name"].values()): [run[-1] for run in entry["curves"]["loss"]]
+        for entry in map(json.loads, lines)
+    }
+    section = page("docs/pipelines_measured.md").partition("## What others have published")[2]
+    head, *rows = re.findall(r"^\| (.*) \|$", section.partition("\n## ")[0], re.MULTILINE)
+    columns = re.findall(r"(\d+) stages, (\w+) at ([\d.]+)", head)
+    assert len(columns) >= 4
+    assert len(rows) >= 8
+    for row in rows:
+        method, *cells = row.split(" | ")
+        for (stages, optimizer, rate), cell in zip(columns, cells, strict=True):
+            losses = final.get((int(stages), optimizer, method, float(rate)))
+            words = f"{np.mean(losses):.3f} ± {np.std(losses, ddof=1):.3f}" if losses else "–"
+            assert cell == words, (method, stages, optimizer)
+
+
 @pytest.mark.parametrize(
     ("script", "where", "heading"),
     [
