@@ -54,6 +54,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 for of_optimizer in SETTINGS.values():
     of_optimizer += [{"cap": 2.0, "robust": 1.0, name: value} for name, value in STRONG]
+    of_optimizer += [{"robust": 1.0, "beta": 4.0}]  # as far as the delay
 
 
 def extrapolate(betas: Any) -> optax.GradientTransformation:
