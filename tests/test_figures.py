@@ -134,7 +134,12 @@ def test_the_table_of_async_prediction(study, monkeypatch):
 
 @pytest.mark.parametrize(
     ("heading", "study", "rows"),
-    [("Digits", "digits", 40), ("Text", "characters", 8), ("MNIST", "mnist", 20)],
+    [
+        ("Digits", "digits", 40),
+        ("Steps by speed", "digits", 20),
+        ("Text", "characters", 8),
+        ("MNIST", "mnist", 60),
+    ],
 )
 def test_the_tables_of_local_steps(heading, study, rows):
     section = re.split(
