@@ -86,7 +86,7 @@ def share_closed(fresh: Cell, stale: Cell, cell: Cell, measure: Measure) -> str:
     hurt = compare(finals[0], finals[1], standard_errors=3) == "hurt"
     if not (hurt and all(map(math.isfinite, means))):
         return ""
-    return f"{100 * (means[1] - means[2]) / (means[1] - means[0]):.0f} %"
+    return f"{round(100 * (means[1] - means[2]) / (means[1] - means[0]))} %"
 
 
 def overhead_of(fresh: Cell, cell: Cell, updates: np.ndarray) -> diagnostics.Overhead | None:
