@@ -1,4 +1,4 @@
-r"""Published ideas about stale pipelines, by themselves and on top of "strong" (docs/pipelines.md).
+r"""Published ideas about stale pipelines, on top of "strong" (docs/pipelines.md).
 
 * warmed-up: the first 100 updates wait for the pipeline to drain, and so have no delay (PipeMare,
   arXiv 1910.05124, T3);
@@ -13,6 +13,9 @@ It trains what ``examples/pipeline_delay.py`` trains, prints the same tables, an
 was interrupted:
 
     python benchmarks/pipeline_ideas.py --out out
+    python benchmarks/pipeline_ideas.py --out out --stages 4 8 16 --sgd-rates 0.1 0.2 0.4 \
+        --adam-rates 0.002 0.004 0.006 --muon-rates 0.006 0.01 \
+        --methods fresh stale strong strong+momentum-up
     python benchmarks/pipeline_ideas.py --out out --sgd-rates --adam-rates --muon-rates \
         --soap-rates 0.003 0.006 --methods fresh stale strong strong+by-age
 """
@@ -43,8 +46,8 @@ import stale_report
 from pipeline_delay import EVALUATE_EVERY
 
 IDEAS = ("warmed-up", "annealed", "momentum-up", "momentum-down")
-METHODS = ["fresh", "fresh+momentum-up", "stale", *IDEAS]
-METHODS += ["strong", *(f"strong+{idea}" for idea in IDEAS), "strong+by-age"]
+METHODS = ["fresh", "fresh+momentum-up", "stale", "strong"]
+METHODS += [*(f"strong+{idea}" for idea in IDEAS), "strong+by-age"]
 WARM_UP, ANNEAL = 100, 250  # updates
 FIRST_MOMENTUM = {"momentum-up": 0.99, "momentum-down": 0.5}  # of the first stage
 CHUNK = 5  # updates between two refreshes of the oldest bases
@@ -219,7 +222,7 @@ def main() -> None:
     stale_methods.METHODS.update(dict.fromkeys(METHODS, ()))
     looks = stale_report.STYLES
     spare = [look for name, look in looks.items() if name not in METHODS]
-    looks.update(zip([name for name in METHODS if name not in looks], spare, strict=True))
+    looks.update(zip([name for name in METHODS if name not in looks], spare, strict=False))
     parser = argparse.ArgumentParser("pipeline_ideas.py", description=__doc__.partition("\n")[0])
     args = stale_methods.parse_args(parser, None, FULL, {}, EVALUATE_EVERY)
     args.blocks = 4

@@ -132,7 +132,7 @@ def parse_args(
     help = "run nothing: make tables and plots of the cells that are finished"
     parser.add_argument("--report", action="store_true", help=help)
     args = parser.parse_args(argv)
-    for key, value in (full | (quick if "quick" in args and args.quick else {})).items():
+    for key, value in (full | (quick if getattr(args, "quick", False) else {})).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     make_folder(parser, args.out)
