@@ -38,7 +38,7 @@ from compare_async_problems import PROBLEMS
 from local_steps_report import LocalCell, plot, report
 from tqdm import tqdm
 
-from optax_dcasgd import LocalBatches, local_updates, simulation
+from optax_dcasgd import local_updates, simulation
 
 # Name -> function (outer rate, momentum) -> outer optimizer: compare_async.py's, and DiLoCo's.
 METHODS: dict[str, Method] = {
@@ -92,13 +92,14 @@ class LocalTrainer(Trainer):
             simulation.arrivals,
             num_workers=workers,
             num_updates=self.num_pushes(workers, steps, speeds),
-            compute_time=lambda key: jax.random.gamma(key, steps),  # of H batches
-            slowdown=slower * self.steps_of(workers, steps, speeds) / steps,
+            compute_time=lambda key: jax.random.gamma(key, steps) / steps,  # a batch's, of H
+            slowdown=slower,
+            local_steps=self.steps_of(workers, steps, speeds),
         )
         return jax.vmap(arrive)(jax.vmap(jax.random.key)(jnp.arange(self.args.seeds)))
 
-    def _program(self, method: str, steps: int, each: tuple[int, ...], every: int) -> Any:
-        """Of all lanes; ``each`` is H of each worker where they differ, and otherwise empty."""
+    def _program(self, method: str, steps: int, is_equal: bool, every: int) -> Any:
+        """Of all lanes; ``is_equal`` is whether all workers take as many steps."""
         mode = MODES.get(method, "async")
         local = local_updates(
             jax.value_and_grad(self._loss), self.args.inner(self.args.inner_rate), steps
@@ -109,19 +110,13 @@ class LocalTrainer(Trainer):
             params, order, arrivals = jax.tree.map(lambda x: x[seed], of_seed)
             images, labels = data["train"]
 
-            def stack(first: Any) -> Any:
+            def stack(first: Any, num_steps: Any) -> Any:
                 index = order[(first + jnp.arange(steps)) % order.shape[0]]
                 return images[index], labels[index]
 
-            def batches(t: Any) -> Any:
-                if not each:
-                    return stack(t * steps)
-                worker = jnp.arange(arrivals.worker.size) % len(each)
-                used = jnp.array(each)[worker if mode == "sync" else arrivals.worker]
-                return LocalBatches(stack((jnp.cumsum(used) - used)[t]), used[t])
-
             history = simulation.run(
-                local, params, METHODS[method](rate, 0.0), batches, arrivals, mode=mode,
+                local, params, METHODS[method](rate, 0.0),
+                (lambda t: stack(t * steps, steps)) if is_equal else stack, arrivals, mode=mode,
                 evaluate=functools.partial(self._evaluate, data=data), evaluate_every=every,
             ).history  # fmt: skip
             finite = history.evaluated <= history.num_finite
@@ -144,14 +139,17 @@ class LocalTrainer(Trainer):
         each = self.steps_of(workers, steps, speeds)
         every = self.args.batches / self.args.evaluations / each.mean()  # pushes
         every = max(1, round(every / workers if is_sync else every))
+        if is_equal := len(set(each)) == 1:  # then push t uses stack t
+            arrivals = dataclasses.replace(arrivals, batch=None, num_steps=None, local_steps=None)
         if not is_sync:
             # With room for the stale parameters of the largest M, one program serves every M.
             most = max(self.args.workers)
-            arrivals = dataclasses.replace(arrivals, barrier=None, num_workers=most)
-        of_each = tuple(each.tolist()) if len(set(each)) > 1 else ()
+            arrivals = dataclasses.replace(
+                arrivals, barrier=None, local_steps=None, num_workers=most
+            )
         seeds = self.args.seeds
         lanes = jnp.repeat(jnp.array(rates), seeds), jnp.tile(jnp.arange(seeds), len(rates))
-        program = self.program(method, steps, of_each, every)
+        program = self.program(method, steps, is_equal, every)
         curves = program(lanes, (self.params, self.orders, arrivals), self.data)
         curves = {name: np.asarray(v).reshape(len(rates), seeds, -1) for name, v in curves.items()}
         pushes = curves.pop("updates")[0, 0] * (workers if is_sync else 1)

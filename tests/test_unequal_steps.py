@@ -40,6 +40,33 @@ def test_every_batch_is_used_once_whatever_the_workers_steps():
         np.testing.assert_array_equal(-result.params, np.arange(total + 6) < total)
 
 
+def test_a_barrier_waits_for_every_workers_own_number_of_steps():
+    """Against rounds that a user makes, of arrivals whose times are those of whole rounds."""
+    steps, slowdown = np.array([6, 3, 1]), np.array([1.0, 2.5, 6.0])
+    arrivals = simulation.arrivals(KEY, 3, 20, slowdown=slowdown, local_steps=6)
+    np.testing.assert_array_equal(arrivals.local_steps, [6, 2, 1])
+    arrivals = simulation.arrivals(KEY, 3, 20, slowdown=slowdown, local_steps=steps)
+    plain = simulation.arrivals(KEY, 3, 20, slowdown=slowdown * steps)
+    targets = jax.random.normal(KEY, (100, 4))
+    grad_fn = jax.value_and_grad(lambda p, x, key: jnp.sum(jnp.cos(p - x)))
+    local = local_updates(grad_fn, optax.adam(0.1), 6)
+
+    def rounds(first, num_steps):
+        return targets[first + jnp.arange(6)]
+
+    def rounds_by_hand(t):
+        first = t // 3 * 10 + jnp.array([0, 6, 9])[t % 3]
+        return LocalBatches(rounds(first, None), jnp.array(steps)[t % 3])
+
+    tx = optax.sgd(0.7, 0.9, nesterov=True)
+    result, by_hand = (
+        simulation.run(local, jnp.zeros(4), tx, batches, order, mode="sync")
+        for batches, order in [(rounds, arrivals), (rounds_by_hand, plain)]
+    )
+    jax.tree.map(np.testing.assert_array_equal, result, by_hand)
+    assert result.history.loss.shape == (6,)
+
+
 IN_ROUNDS = {"batch": np.arange(3) * 2, "num_steps": np.full(3, 2)}
 
 
@@ -63,7 +90,15 @@ IN_ROUNDS = {"batch": np.arange(3) * 2, "num_steps": np.full(3, 2)}
             lambda i, n: jnp.ones(2),
             {"mode": "sync"},
             ValueError,
-            "For mode=.sync. make the arrivals",
+            "mode=.sync. needs arrivals.local_steps",
+        ),
+        (None, {"local_steps": np.ones(2, int)}, ValueError, r"must be 1 integers.* shape \(2,\)"),
+        (None, {"local_steps": np.ones(1)}, ValueError, "got shape .1,., dtype float"),
+        (
+            None,
+            {"local_steps": np.zeros(1, int)},
+            ValueError,
+            r"local_steps\[0\] must be at least 1",
         ),
     ],
 )

@@ -13,7 +13,7 @@ import numpy as np
 from optax_dcasgd import _arguments
 
 _FORMAT, _VERSION = "optax_dcasgd.Arrivals", 1
-_ARRAYS = ("worker", "staleness", "time", "barrier", "batch", "num_steps")
+_ARRAYS = ("worker", "staleness", "time", "barrier", "batch", "num_steps", "local_steps")
 
 
 @functools.partial(
@@ -42,6 +42,8 @@ class Arrivals:
       num_workers: M, a Python integer, or None for the largest ``worker`` plus one.
       num_steps: shape (num_updates,), int, or None: for workers that take unequal numbers of
         `local_updates`, how many batches each push used, from ``batch`` on, which is needed then.
+      local_steps: shape (M,), int, or None: for ``mode="sync"`` with such workers, how many batches
+        each takes in a round. None for not known.
 
     Examples:
       Two workers take turns, and every gradient but the first is one update old:
@@ -61,13 +63,14 @@ class Arrivals:
     num_workers: int | None = None
     batch: Any = None
     num_steps: Any = None
+    local_steps: Any = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a file that `load` reads back to the bit, in NumPy's ``.npz`` format.
 
         Its entries: ``format`` ("optax_dcasgd.Arrivals"), ``version`` (1), ``num_workers``, and the
-        arrays ``worker``, ``staleness``, ``time`` and, where known, ``barrier``, ``batch`` and
-        ``num_steps``.
+        arrays ``worker``, ``staleness``, ``time`` and, where known, ``barrier``, ``batch``,
+        ``num_steps`` and ``local_steps``.
 
         Args:
           path: The file, written as named; an existing one is replaced.
@@ -150,7 +153,7 @@ def check(arrivals: Any) -> int:
     if len(shape) != 1 or shape[0] == 0:
         raise ValueError(f"arrivals.worker must have shape (num_updates,); got {shape}.")
     columns = [("staleness", jnp.integer), ("worker", jnp.integer), ("time", jnp.floating)]
-    columns += [(n, jnp.integer) for n in _ARRAYS[4:] if getattr(arrivals, n) is not None]
+    columns += [(n, jnp.integer) for n in _ARRAYS[4:6] if getattr(arrivals, n) is not None]
     for name, kind in columns:
         array = getattr(arrivals, name)
         if jnp.shape(array) != shape:
@@ -183,12 +186,44 @@ def check(arrivals: Any) -> int:
         if not isinstance(arrivals.num_steps, jax.core.Tracer):
             steps = np.asarray(arrivals.num_steps)
             _check_range("num_steps", steps, 1, np.iinfo(np.int32).max)
+    if arrivals.local_steps is not None:
+        _check_local_steps(arrivals.local_steps, num_workers)
     rounds = (shape[0] // num_workers, num_workers)
     if arrivals.barrier is not None and jnp.shape(arrivals.barrier) != rounds:
         raise ValueError(
             f"arrivals.barrier must have shape {rounds}; got {jnp.shape(arrivals.barrier)}."
         )
     return int(num_workers)
+
+
+def _check_local_steps(local_steps: Any, num_workers: int) -> None:
+    """They are one integer a worker, none below one."""
+    shape, dtype = jnp.shape(local_steps), jnp.result_type(local_steps)
+    if shape != (num_workers,) or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"arrivals.local_steps must be {num_workers} integers, one a worker; got shape "
+            f"{shape}, dtype {dtype}."
+        )
+    if not isinstance(local_steps, jax.core.Tracer):
+        _check_range("local_steps", np.asarray(local_steps), 1, np.iinfo(np.int32).max)
+
+
+def behind_barrier(arrivals: Arrivals, num_workers: int) -> Arrivals:
+    """The same, with what worker i of round r uses as entry r·M + i of ``batch`` and ``num_steps``.
+
+    Raises:
+      ValueError: If workers take unequal steps, and it is not known how many each takes.
+    """
+    if arrivals.num_steps is None and arrivals.local_steps is None:
+        return arrivals
+    if arrivals.local_steps is None:
+        raise ValueError(
+            'arrivals.num_steps is of asynchronous pushes; mode="sync" needs arrivals.local_steps, '
+            "how many batches each worker takes in a round."
+        )
+    num_rounds = jnp.shape(arrivals.worker)[0] // num_workers
+    used = jnp.tile(jnp.asarray(arrivals.local_steps, jnp.int32), num_rounds)
+    return dataclasses.replace(arrivals, batch=jnp.cumsum(used) - used, num_steps=used)
 
 
 def _check_range(name: str, array: Any, low: int, high: Any) -> None:

@@ -55,7 +55,8 @@ def arrivals(
 
     Returns:
       The arrivals, with the barrier times of synchronous training with the same compute times.
-      With ``local_steps`` they have ``batch`` and ``num_steps``, so that each batch is used once.
+      With ``local_steps`` they have ``batch``, ``num_steps`` and ``local_steps``: each batch is
+      used once, behind a barrier too.
 
     Raises:
       TypeError: If an argument has no legal type.
@@ -138,8 +139,11 @@ def arrivals(
     made = Arrivals(worker, staleness, time, barrier, int(num_workers))
     if local_steps is None:
         return made
-    used = jnp.asarray(steps, jnp.int32)[worker]
-    return dataclasses.replace(made, batch=jnp.cumsum(used) - used, num_steps=used)
+    steps = jnp.asarray(steps, jnp.int32)
+    used = steps[worker]
+    return dataclasses.replace(
+        made, batch=jnp.cumsum(used) - used, num_steps=used, local_steps=steps
+    )
 
 
 @jax.tree_util.register_dataclass

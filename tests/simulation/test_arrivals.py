@@ -132,7 +132,7 @@ def test_saved_and_loaded(tmp_path, recorded):
         arrivals = dataclasses.replace(arrivals, batch=t[::-1], num_steps=t + 1, num_workers=4)
     else:
         barrier = np.arange(18, dtype=np.float32).reshape(6, 3)
-        arrivals = dataclasses.replace(arrivals, barrier=barrier)
+        arrivals = dataclasses.replace(arrivals, barrier=barrier, local_steps=t[1:4])
     path = tmp_path / "no suffix"
     arrivals.save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["no suffix"]
