@@ -49,7 +49,7 @@ def local_updates(grad_fn: GradFn, tx: optax.GradientTransformation, num_steps: 
       A function ``(params, batches, key) -> (loss, pseudo_gradient)``:
 
       * ``batches``: every leaf has a leading axis of size H; or `LocalBatches`, which says how many
-        of them are used;
+        of them are used (a traced number that is out of range makes the loss NaN);
       * ``key``: for H = 1 passed on as it is; otherwise step h gets ``jax.random.fold_in(key, h)``;
       * ``loss``: the mean of the losses of the steps, each before its step;
       * ``pseudo_gradient``: a tree like ``params``, in their dtypes. It points where a gradient
@@ -87,10 +87,10 @@ def local_updates(grad_fn: GradFn, tx: optax.GradientTransformation, num_steps: 
     optimizer = optax.with_extra_args_support(tx)
 
     def local_grad_fn(params: Any, batches: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-        count = None
+        given = count = None
         if isinstance(batches, LocalBatches):
-            count = _check_count(batches.num_steps, num_steps)
-            batches = batches.batches
+            batches, given = batches
+            count = _check_count(given, num_steps)
         _checks.check_params(params)
         _check_stack(batches, num_steps)
         if num_steps > 1:
@@ -125,6 +125,8 @@ def local_updates(grad_fn: GradFn, tx: optax.GradientTransformation, num_steps: 
             (_, _, total), losses = lax.scan(step if count is None else step_if_used, carry, inputs)
             used = None if count is None else jnp.arange(num_steps) < count
             loss = losses.mean(where=used)
+        if count is not None:  # one too large, which could not be checked, must not pass for fewer
+            loss = jnp.where(given == count, loss, jnp.nan)
         return loss, jax.tree.map(lambda p, s: -s.astype(p.dtype), params, total)
 
     return local_grad_fn

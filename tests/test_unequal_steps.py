@@ -20,7 +20,7 @@ def test_every_batch_is_used_once_whatever_the_workers_steps():
     t = np.arange(20)
     np.testing.assert_array_equal(arrivals.time, 6 * (1 + t // 3))  # all push equally often
     np.testing.assert_array_equal(arrivals.num_steps, steps[t % 3])
-    by_hand = dataclasses.replace(arrivals, batch=None, num_steps=None)
+    by_hand = dataclasses.replace(arrivals, batch=None, num_steps=None, local_steps=None)
     total = int(arrivals.num_steps.sum())
 
     def grad_fn(params, batch, key):
@@ -67,6 +67,35 @@ def test_a_barrier_waits_for_every_workers_own_number_of_steps():
     assert result.history.loss.shape == (6,)
 
 
+def test_a_barrier_uses_every_batch_once():
+    """From the first of the arrivals on, and none for a worker that takes no part."""
+    arrivals = simulation.arrivals(
+        KEY, 3, 12, compute_time=1.0, slowdown=[1.0, 2.0, 6.0], local_steps=6, stop={1: 7.0}
+    )
+    arrivals = dataclasses.replace(arrivals, batch=arrivals.batch + 40)
+
+    def grad_fn(params, batch, key):
+        return jnp.zeros(()), jax.nn.one_hot(batch, params.size)
+
+    local = local_updates(grad_fn, optax.sgd(1.0), 6)
+
+    def train(arrivals):
+        return simulation.run(
+            local, jnp.zeros(80), optax.sgd(1.0), lambda first, num_steps: first + jnp.arange(6),
+            arrivals, mode="sync",
+        ).params  # fmt: skip
+
+    used = np.repeat([0, 1 / 3, 1 / 2, 0], [40, 10, 3 * 7, 9])  # one of three workers, one of two
+    np.testing.assert_allclose(-train(arrivals), used, rtol=1e-6)
+
+    # What is known is checked inside jax.jit too; what is not must not pass for fewer steps.
+    too_many = dataclasses.replace(arrivals, local_steps=np.array([7, 3, 1]))
+    with pytest.raises(ValueError, match="num_steps=7 it returned shape"):
+        jax.jit(lambda: train(too_many))()
+    loss = jax.jit(local)(jnp.zeros(80), LocalBatches(jnp.arange(6), 7), KEY)[0]
+    assert np.isnan(loss)
+
+
 IN_ROUNDS = {"batch": np.arange(3) * 2, "num_steps": np.full(3, 2)}
 
 
@@ -92,8 +121,14 @@ IN_ROUNDS = {"batch": np.arange(3) * 2, "num_steps": np.full(3, 2)}
             ValueError,
             "mode=.sync. needs arrivals.local_steps",
         ),
-        (None, {"local_steps": np.ones(2, int)}, ValueError, r"must be 1 integers.* shape \(2,\)"),
-        (None, {"local_steps": np.ones(1)}, ValueError, "got shape .1,., dtype float"),
+        (None, {"local_steps": np.ones(2, int)}, ValueError, r"have shape \(1,\).*; got \(2,\)"),
+        (None, {"local_steps": np.ones(1)}, TypeError, "local_steps must be of integer dtype"),
+        (
+            None,
+            {"local_steps": np.ones(1, int), "num_steps": None},
+            ValueError,
+            "local_steps needs arrivals.num_steps",
+        ),
         (
             None,
             {"local_steps": np.zeros(1, int)},

@@ -42,8 +42,8 @@ class Arrivals:
       num_workers: M, a Python integer, or None for the largest ``worker`` plus one.
       num_steps: shape (num_updates,), int, or None: for workers that take unequal numbers of
         `local_updates`, how many batches each push used, from ``batch`` on, which is needed then.
-      local_steps: shape (M,), int, or None: for ``mode="sync"`` with such workers, how many batches
-        each takes in a round. None for not known.
+      local_steps: shape (M,), int, or None: with ``num_steps``, how many batches each worker takes
+        behind the barrier of ``mode="sync"``. None for not known.
 
     Examples:
       Two workers take turns, and every gradient but the first is one update old:
@@ -187,7 +187,7 @@ def check(arrivals: Any) -> int:
             steps = np.asarray(arrivals.num_steps)
             _check_range("num_steps", steps, 1, np.iinfo(np.int32).max)
     if arrivals.local_steps is not None:
-        _check_local_steps(arrivals.local_steps, num_workers)
+        _check_local_steps(arrivals, num_workers)
     rounds = (shape[0] // num_workers, num_workers)
     if arrivals.barrier is not None and jnp.shape(arrivals.barrier) != rounds:
         raise ValueError(
@@ -196,16 +196,24 @@ def check(arrivals: Any) -> int:
     return int(num_workers)
 
 
-def _check_local_steps(local_steps: Any, num_workers: int) -> None:
-    """They are one integer a worker, none below one."""
-    shape, dtype = jnp.shape(local_steps), jnp.result_type(local_steps)
-    if shape != (num_workers,) or not jnp.issubdtype(dtype, jnp.integer):
+def _check_local_steps(arrivals: Arrivals, num_workers: int) -> None:
+    """They are one integer a worker, none below one, and come with what the pushes used."""
+    shape, dtype = jnp.shape(arrivals.local_steps), jnp.result_type(arrivals.local_steps)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"arrivals.local_steps must be of integer dtype; got {dtype}.")
+    if shape != (num_workers,):
         raise ValueError(
-            f"arrivals.local_steps must be {num_workers} integers, one a worker; got shape "
-            f"{shape}, dtype {dtype}."
+            f"arrivals.local_steps must have shape {(num_workers,)}, one entry a worker; got "
+            f"{shape}. (arrivals.num_workers says how many there are.)"
         )
-    if not isinstance(local_steps, jax.core.Tracer):
-        _check_range("local_steps", np.asarray(local_steps), 1, np.iinfo(np.int32).max)
+    if arrivals.num_steps is None:
+        raise ValueError(
+            "arrivals.local_steps needs arrivals.num_steps, what each push used: "
+            "num_steps=local_steps[worker], and batch=np.cumsum(num_steps) - num_steps."
+        )
+    if not isinstance(arrivals.local_steps, jax.core.Tracer):
+        steps = np.asarray(arrivals.local_steps)
+        _check_range("local_steps", steps, 1, np.iinfo(np.int32).max)
 
 
 def behind_barrier(arrivals: Arrivals, num_workers: int) -> Arrivals:
@@ -214,7 +222,7 @@ def behind_barrier(arrivals: Arrivals, num_workers: int) -> Arrivals:
     Raises:
       ValueError: If workers take unequal steps, and it is not known how many each takes.
     """
-    if arrivals.num_steps is None and arrivals.local_steps is None:
+    if arrivals.num_steps is None:
         return arrivals
     if arrivals.local_steps is None:
         raise ValueError(
@@ -222,8 +230,14 @@ def behind_barrier(arrivals: Arrivals, num_workers: int) -> Arrivals:
             "how many batches each worker takes in a round."
         )
     num_rounds = jnp.shape(arrivals.worker)[0] // num_workers
-    used = jnp.tile(jnp.asarray(arrivals.local_steps, jnp.int32), num_rounds)
-    return dataclasses.replace(arrivals, batch=jnp.cumsum(used) - used, num_steps=used)
+    of_worker = arrivals.local_steps
+    traced = isinstance(of_worker, jax.core.Tracer)
+    steps = (jnp if traced else np).tile(of_worker, num_rounds)  # checked where it is known
+    used = jnp.asarray(steps, jnp.int32)
+    if arrivals.barrier is not None:  # who takes no part uses up no batches
+        used = jnp.where(jnp.ravel(arrivals.barrier) < jnp.inf, used, 0)
+    first = jnp.min(jnp.asarray(arrivals.batch))
+    return dataclasses.replace(arrivals, batch=first + jnp.cumsum(used) - used, num_steps=steps)
 
 
 def _check_range(name: str, array: Any, low: int, high: Any) -> None:

@@ -91,14 +91,19 @@ def arrivals(
     start = _per_worker("start", start, num_workers, 0.0)
     stop = _per_worker("stop", stop, num_workers, np.inf)
     _check_presence(slowdown, start, stop)
-    if isinstance(local_steps, int | np.integer):
-        _arguments.check_integer("local_steps", local_steps, minimum=1)
+    if (
+        local_steps is not None
+        and not isinstance(local_steps, Mapping)
+        and not np.ndim(local_steps)
+    ):
+        _arguments.check_integer("local_steps, where it is one for all,", local_steps, minimum=1)
         steps = (local_steps * slowdown.min() / slowdown).round().clip(1)
     else:
         steps = _per_worker("local_steps", local_steps, num_workers, 1.0)
-    if isinstance(steps, np.ndarray) and not np.all((steps >= 1) & (steps == np.rint(steps))):
+    whole = steps.astype(np.int32)  # NumPy's unless traced, and so known inside jax.jit
+    if isinstance(whole, np.ndarray) and not np.all((whole >= 1) & (whole == steps)):
         raise ValueError(f"local_steps must be integers of at least 1; got {local_steps}.")
-    slowdown = slowdown * steps
+    steps, slowdown = whole, slowdown * whole
 
     def simulate(key: Any, slowdown: Any, start: Any, stop: Any) -> Any:
         def duration(i: Any, k: Any) -> Any:
@@ -139,8 +144,7 @@ def arrivals(
     made = Arrivals(worker, staleness, time, barrier, int(num_workers))
     if local_steps is None:
         return made
-    steps = jnp.asarray(steps, jnp.int32)
-    used = steps[worker]
+    used = jnp.asarray(steps)[worker]
     return dataclasses.replace(
         made, batch=jnp.cumsum(used) - used, num_steps=used, local_steps=steps
     )

@@ -68,8 +68,8 @@ def run(
     "sync"           A round: the mean of the gradients of all M workers at the same parameters.
                      Worker i of round r uses batch r·M + i, and the round ends with the slowest
                      worker. There are num_updates // M updates; the last num_updates % M
-                     batches are not used. With ``arrivals.local_steps`` the workers of a round
-                     take the next ``local_steps[i]`` batches each, one worker after another.
+                     batches are not used. With ``arrivals.local_steps`` worker i takes the
+                     next ``local_steps[i]`` batches, after those of workers 0 to i − 1.
     "sequential"     One push, never stale. One machine computes the same gradients one after
                      another, so the time is the sum of their times. (The time of a gradient
                      starts when its version of the parameters was made. For the first gradient
@@ -155,19 +155,18 @@ def run(
     num_workers = _arrivals.check(arrivals)
     _checks.check_arrays("params", params, _checks.OF_EQUINOX)
     params = _trees.copy(params)  # arrays of their own dtype, none of them weak
-    num_updates = jnp.shape(arrivals.worker)[0]
-    if mode == "sync":
-        arrivals = _arrivals.behind_barrier(arrivals, num_workers)
-    in_rounds = arrivals.num_steps is not None
-    check_batches(batches, num_updates if arrivals.batch is None else None, in_rounds=in_rounds)
-    check_grad_fn(grad_fn, params, batches, key, arrivals.num_steps)
+    num_updates = num_pushes = jnp.shape(arrivals.worker)[0]
     if mode == "sync":
         num_updates //= num_workers
         if num_updates == 0:
             raise ValueError(
-                f"arrivals has {jnp.shape(arrivals.worker)[0]} pushes, too few for one round of "
+                f"arrivals has {num_pushes} pushes, too few for one round of "
                 f"num_workers={num_workers}."
             )
+        arrivals = _arrivals.behind_barrier(arrivals, num_workers)
+    in_rounds = arrivals.num_steps is not None
+    check_batches(batches, num_pushes if arrivals.batch is None else None, in_rounds=in_rounds)
+    check_grad_fn(grad_fn, params, batches, key, arrivals.num_steps)
     inputs = (params, None if callable(batches) else batches, arrivals, key)
     num_slots, slots_known = 1, True
     if mode == "async":

@@ -129,10 +129,12 @@ def test_saved_and_loaded(tmp_path, recorded):
     t = np.arange(20, dtype=np.int32)
     arrivals = Arrivals(t % 3, np.minimum(t, 2), np.float32(0.3) * t)
     if recorded:
-        arrivals = dataclasses.replace(arrivals, batch=t[::-1], num_steps=t + 1, num_workers=4)
+        arrivals = dataclasses.replace(
+            arrivals, batch=t[::-1], num_steps=t + 1, num_workers=4, local_steps=t[1:5]
+        )
     else:
         barrier = np.arange(18, dtype=np.float32).reshape(6, 3)
-        arrivals = dataclasses.replace(arrivals, barrier=barrier, local_steps=t[1:4])
+        arrivals = dataclasses.replace(arrivals, barrier=barrier)
     path = tmp_path / "no suffix"
     arrivals.save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["no suffix"]
@@ -192,7 +194,16 @@ def test_a_wrong_file_is_refused(tmp_path):
             ValueError,
             r"compute_time must return a scalar.*shape \(4,\)",
         ),
-        ({"local_steps": 0}, ValueError, "local_steps must be at least 1"),
+        (
+            {"local_steps": 0},
+            ValueError,
+            "local_steps, where it is one for all, must be at least 1",
+        ),
+        (
+            {"local_steps": 2.0},
+            TypeError,
+            "local_steps, where it is one .* must be a Python integer",
+        ),
         ({"local_steps": [1, 0, 2]}, ValueError, "local_steps must be integers of at least 1"),
         ({"local_steps": [1, 1.5, 2]}, ValueError, "local_steps must be integers of at least 1"),
         ({"slowdown": 2.0}, ValueError, "slowdown must be 3 numbers"),
