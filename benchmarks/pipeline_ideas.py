@@ -226,7 +226,8 @@ def main() -> None:
     parser = argparse.ArgumentParser("pipeline_ideas.py", description=__doc__.partition("\n")[0])
     args = stale_methods.parse_args(parser, None, FULL, {}, EVALUATE_EVERY)
     args.blocks = 4
-    stale_report.run(args, {"blocks": 4}, Trainer, pipeline_delay.MEASURE, EVALUATE_EVERY)
+    settings = {"blocks": 4, "text": pipeline_delay.TEXT}
+    stale_report.run(args, settings, Trainer, pipeline_delay.MEASURE, EVALUATE_EVERY)
 
 
 if __name__ == "__main__":

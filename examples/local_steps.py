@@ -173,7 +173,8 @@ def kinds(args: argparse.Namespace) -> Iterator[Kind]:
 def run_all(args: argparse.Namespace, trainer: Callable[..., Any] = LocalTrainer) -> list[Any]:
     """Runs what is not in the file of cells yet, and returns all cells."""
     names = ("problem", "batches", "batch_size", "seeds", "inner_rate", "evaluations")
-    done = CellFile(args.out / "cells.jsonl", {n: getattr(args, n) for n in names}, LocalCell)
+    settings = {n: getattr(args, n) for n in names} | PROBLEMS[args.problem].settings
+    done = CellFile(args.out / "cells.jsonl", settings, LocalCell)
     wanted = [(*kind, rate) for kind in kinds(args) for rate in args.rates]
     made = None
     found = sum(name in done.cells for name in wanted)

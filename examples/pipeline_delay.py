@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import stale_methods
-from characters import CONTEXT, Transformer, load_text
+from characters import CONTEXT, TEXT, Transformer, load_text
 from common import count
 from flax import nnx
 from stale_methods import METHODS, UNDELAYED, Cell, ideas_of, make_optimizer
@@ -170,7 +170,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Trains, prints, saves."""
     args = parse_args(argv)
-    run(args, {"blocks": args.blocks}, Trainer, MEASURE, EVALUATE_EVERY)
+    run(args, {"blocks": args.blocks, "text": TEXT}, Trainer, MEASURE, EVALUATE_EVERY)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """examples/local_steps.py: a small run, and what becomes of its cells."""
 
+import dataclasses
 import json
 
 import jax
@@ -65,7 +66,7 @@ def test_a_small_run_is_that_of_a_loop(script, tmp_path):
     np.testing.assert_allclose(found["training_loss"][seed][-1], loss, rtol=1e-3)
 
 
-def test_an_interrupted_run_goes_on(script, tmp_path):
+def test_an_interrupted_run_goes_on(script, tmp_path, monkeypatch):
     calls = []
 
     def trainer(args):
@@ -87,6 +88,11 @@ def test_an_interrupted_run_goes_on(script, tmp_path):
     kinds += [("1:4-balanced", 4, 2, "SSGD"), ("1:4-balanced", 4, 2, "ASGD")]
     assert calls == [(kind, [0.5, 1.0]) for kind in kinds]
     assert [cell.name for cell in cells] == [(*kind, r) for kind in kinds for r in (0.5, 1.0)]
+    # With another text, that of another Python, none of these is used.
+    other = dataclasses.replace(script.PROBLEMS["digits"], settings={"text": "another"})
+    monkeypatch.setitem(script.PROBLEMS, "digits", other)
+    script.run_all(args, trainer)
+    assert len(calls) == 2 * len(kinds)
 
 
 @pytest.mark.parametrize(
