@@ -142,8 +142,9 @@ def test_the_table_of_async_prediction(study, monkeypatch):
     ("heading", "study", "rows"),
     [
         ("Digits", "digits", 40),
-        ("Steps by speed", "digits", 20),
-        ("Text", "characters", 8),
+        ("Steps by speed, digits", "digits", 20),
+        ("Steps by speed, MNIST", "mnist", 12),
+        ("Text", "characters", 60),
         ("MNIST", "mnist", 60),
     ],
 )
@@ -157,6 +158,14 @@ def test_the_tables_of_local_steps(heading, study, rows):
     assert sum(map(len, found)) >= rows
     for table in found:  # its rows are of one table; some have fewer methods
         assert any(table <= whole for whole in made), table
+
+
+def test_the_speed_of_steps_by_speed():
+    cases = results("steps-by-speed-ray-2.60.json")["cases"]
+    rates = [round(case["batches a second"]) for case in cases.values()]
+    assert [*cases] == [f"{m}, {s}" for m in ("sync", "async") for s in ("equal", "by speed")]
+    words = "behind a barrier {} batches a second with equal steps and {} by speed, without one {} and {}"
+    assert words.format(*rates) in " ".join(page("docs/local_steps.md").split())
 
 
 ROBUST = {  # the rows' names in the page
