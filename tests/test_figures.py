@@ -164,7 +164,8 @@ def test_the_speed_of_steps_by_speed():
     cases = results("steps-by-speed-ray-2.60.json")["cases"]
     rates = [round(case["batches a second"]) for case in cases.values()]
     assert [*cases] == [f"{m}, {s}" for m in ("sync", "async") for s in ("equal", "by speed")]
-    words = "behind a barrier {} batches a second with equal steps and {} by speed, without one {} and {}"
+    words = "behind a barrier {} batches a second with equal steps and {} by speed, "
+    words += "without one {} and {}"
     assert words.format(*rates) in " ".join(page("docs/local_steps.md").split())
 
 
