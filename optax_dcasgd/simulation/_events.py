@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,11 +91,8 @@ def arrivals(
     start = _per_worker("start", start, num_workers, 0.0)
     stop = _per_worker("stop", stop, num_workers, np.inf)
     _check_presence(slowdown, start, stop)
-    if (
-        local_steps is not None
-        and not isinstance(local_steps, Mapping)
-        and not np.ndim(local_steps)
-    ):
+    several = isinstance(local_steps, Mapping | Sequence | None)
+    if not several and np.ndim(local_steps) == 0:
         _arguments.check_integer("local_steps, where it is one for all,", local_steps, minimum=1)
         steps = (local_steps * slowdown.min() / slowdown).round().clip(1)
     else:

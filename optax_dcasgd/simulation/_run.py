@@ -69,7 +69,8 @@ def run(
                      Worker i of round r uses batch r·M + i, and the round ends with the slowest
                      worker. There are num_updates // M updates; the last num_updates % M
                      batches are not used. With ``arrivals.local_steps`` worker i takes the
-                     next ``local_steps[i]`` batches, after those of workers 0 to i − 1.
+                     next ``local_steps[i]`` batches, after those of workers 0 to i − 1; the
+                     first of all is the lowest of ``arrivals.batch``.
     "sequential"     One push, never stale. One machine computes the same gradients one after
                      another, so the time is the sum of their times. (The time of a gradient
                      starts when its version of the parameters was made. For the first gradient
