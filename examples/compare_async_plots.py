@@ -81,13 +81,15 @@ def plot_error_over_time(groups: Groups, title: str, path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel(f"test error, % (running mean of {WINDOW})")
-    axes.flat[0].set_ylim(1 if lowest < 10 else 10, 100)  # of all, which share it
+    bottom = max(tick for tick in (1, 2, 5, 10, 20, 50) if tick <= max(1, lowest))
+    axes.flat[0].set_ylim(bottom, 100)  # of all, which share it
     for axis in axes.flat[: len(workers)]:
         axis.set_xlabel("virtual seconds (one gradient: 1 s on average)")
         for one in (axis.xaxis, axis.yaxis):
             low, high = one.get_view_interval()
-            # Over more than two decades the labels in between would touch.
-            one.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+            # Over more than two decades the labels in between would touch; in few there are none.
+            subs = (1,) if high > 100 * low else (1, 2, 5) if high > 4 * low else range(1, 10)
+            one.set_major_locator(LogLocator(subs=subs))
             one.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             one.set_minor_formatter(NullFormatter())
     figure.suptitle(title, fontsize="medium")
