@@ -125,7 +125,7 @@ def local_updates(grad_fn: GradFn, tx: optax.GradientTransformation, num_steps: 
             (_, _, total), losses = lax.scan(step if count is None else step_if_used, carry, inputs)
             used = None if count is None else jnp.arange(num_steps) < count
             loss = losses.mean(where=used)
-        if count is not None:  # one too large, which could not be checked, must not pass for fewer
+        if count is not None:  # NaN where a traced number was out of range, and so was clamped
             loss = jnp.where(given == count, loss, jnp.nan)
         return loss, jax.tree.map(lambda p, s: -s.astype(p.dtype), params, total)
 

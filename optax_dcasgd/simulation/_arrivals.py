@@ -14,6 +14,7 @@ from optax_dcasgd import _arguments
 
 _FORMAT, _VERSION = "optax_dcasgd.Arrivals", 1
 _ARRAYS = ("worker", "staleness", "time", "barrier", "batch", "num_steps", "local_steps")
+_LARGEST = np.iinfo(np.int32).max
 
 
 @functools.partial(
@@ -167,25 +168,19 @@ def check(arrivals: Any) -> int:
     num_workers = arrivals.num_workers
     if num_workers is not None:
         _arguments.check_integer("arrivals.num_workers", num_workers, minimum=1)
-    if not isinstance(arrivals.worker, jax.core.Tracer):
-        worker = np.asarray(arrivals.worker)
-        num_workers = int(worker.max()) + 1 if num_workers is None else num_workers
-        _check_range("worker", worker, 0, num_workers - 1)
-    if num_workers is None:
+    elif isinstance(arrivals.worker, jax.core.Tracer):
         raise ValueError("arrivals.num_workers is required where arrivals.worker is traced.")
-    if not isinstance(arrivals.staleness, jax.core.Tracer):
-        _check_range("staleness", np.asarray(arrivals.staleness), 0, np.arange(shape[0]))
-    if arrivals.batch is not None and not isinstance(arrivals.batch, jax.core.Tracer):
-        _check_range("batch", np.asarray(arrivals.batch), 0, np.iinfo(np.int32).max)
-    if arrivals.num_steps is not None:
-        if arrivals.batch is None:
-            raise ValueError(
-                "arrivals.num_steps needs arrivals.batch, the number of the first batch of each "
-                "push; each batch once is batch=np.cumsum(num_steps) - num_steps."
-            )
-        if not isinstance(arrivals.num_steps, jax.core.Tracer):
-            steps = np.asarray(arrivals.num_steps)
-            _check_range("num_steps", steps, 1, np.iinfo(np.int32).max)
+    else:
+        num_workers = int(np.max(arrivals.worker)) + 1
+    _check_range("worker", arrivals.worker, 0, num_workers - 1)
+    _check_range("staleness", arrivals.staleness, 0, np.arange(shape[0]))
+    _check_range("batch", arrivals.batch, 0)
+    if arrivals.num_steps is not None and arrivals.batch is None:
+        raise ValueError(
+            "arrivals.num_steps needs arrivals.batch, the number of the first batch of each "
+            "push; each batch once is batch=np.cumsum(num_steps) - num_steps."
+        )
+    _check_range("num_steps", arrivals.num_steps, 1)
     if arrivals.local_steps is not None:
         _check_local_steps(arrivals, num_workers)
     rounds = (shape[0] // num_workers, num_workers)
@@ -211,9 +206,7 @@ def _check_local_steps(arrivals: Arrivals, num_workers: int) -> None:
             "arrivals.local_steps needs arrivals.num_steps, what each push used: "
             "num_steps=local_steps[worker], and batch=np.cumsum(num_steps) - num_steps."
         )
-    if not isinstance(arrivals.local_steps, jax.core.Tracer):
-        steps = np.asarray(arrivals.local_steps)
-        _check_range("local_steps", steps, 1, np.iinfo(np.int32).max)
+    _check_range("local_steps", arrivals.local_steps, 1)
 
 
 def behind_barrier(arrivals: Arrivals, num_workers: int) -> Arrivals:
@@ -240,7 +233,11 @@ def behind_barrier(arrivals: Arrivals, num_workers: int) -> Arrivals:
     return dataclasses.replace(arrivals, batch=first + jnp.cumsum(used) - used, num_steps=steps)
 
 
-def _check_range(name: str, array: Any, low: int, high: Any) -> None:
+def _check_range(name: str, array: Any, low: int, high: Any = _LARGEST) -> None:
+    """Checks the numbers, unless there are none or they are traced."""
+    if array is None or isinstance(array, jax.core.Tracer):
+        return
+    array = np.asarray(array)
     wrong = np.flatnonzero((array < low) | (array > high))
     if wrong.size:
         t = int(wrong[0])

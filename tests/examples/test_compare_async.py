@@ -1,6 +1,7 @@
 """examples/compare_async.py: a small run, and what becomes of its cells."""
 
 import csv
+import dataclasses
 import json
 
 import chex
@@ -188,6 +189,10 @@ def test_an_interrupted_run_loses_one_program(script, tmp_path, monkeypatch, cap
     monkeypatch.setattr(script, "Trainer", made_up(script, other))
     script.main([*options, "--pushes", "100", f"--out={tmp_path / 'parts'}"])
     assert other == whole
+    another_text = dataclasses.replace(script.PROBLEMS["digits"], settings={"text": "another"})
+    monkeypatch.setitem(script.PROBLEMS, "digits", another_text)
+    script.main([*options, f"--out={tmp_path / 'parts'}"])
+    assert other == 2 * whole
     capsys.readouterr()
 
 

@@ -187,6 +187,7 @@ def test_a_small_pipeline_and_going_on_with_it(pipeline, capsys, tmp_path, monke
     assert [cell["name"]["method"] for cell in cells] == ["fresh", "stale", "all-three"]
     losses = [np.array(cell["curves"]["loss"]) for cell in cells]
     assert [loss.shape for loss in losses] == [(2, 2)] * 3
+    assert {cell["settings"]["text"] for cell in cells} == {model.TEXT}  # of this Python
     assert all((loss[:, 1] < loss[:, 0]).all() for loss in losses)  # it learns
     assert len({loss[0, 1] for loss in losses} | {loss[1, 1] for loss in losses}) == 6
     np.testing.assert_allclose(losses[2][1], all_three_by_hand(pipeline, 1), rtol=1e-4)
