@@ -81,7 +81,7 @@ def plot_error_over_time(groups: Groups, title: str, path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel(f"test error, % (running mean of {WINDOW})")
-    bottom = max(tick for tick in (1, 2, 5, 10, 20, 50) if tick <= max(1, lowest))
+    bottom = max(tick for tick in (1, 2, 5, 10, 20, 50) if tick <= max(1, 0.95 * lowest))
     axes.flat[0].set_ylim(bottom, 100)  # of all, which share it
     for axis in axes.flat[: len(workers)]:
         axis.set_xlabel("virtual seconds (one gradient: 1 s on average)")
