@@ -160,6 +160,30 @@ def test_the_tables_of_local_steps(heading, study, rows):
         assert any(table <= whole for whole in made), table
 
 
+def test_the_counts_of_the_guide_to_local_steps():
+    """In how many of 24 cases a method at one outer rate is as good as a barrier at its best."""
+
+    def good(study, barrier, method):
+        text = (RESULTS / "local_steps" / study / "tables.md").read_text()
+        section = text.partition(f"## One outer rate for all, against {barrier}")[2]
+        rates = re.search(r"\| outer rate +\|(.*)\|", section)[1].split("|")
+        cells = re.search(rf"\| {method} +\|(.*)\|", section)[1].split("|")
+        assert all(cell.strip().endswith("of 24") for cell in cells)
+        return {float(r): int(cell.split()[0]) for r, cell in zip(rates, cells, strict=True)}
+
+    studies = ("digits", "mnist", "characters")
+    robust = [good(study, "SSGD", "robust") for study in studies]
+    rows = {
+        "robust at 0.25, 0.5, 1": [f"{r[0.25]}, **{r[0.5]}**, {r[1]}" for r in robust],
+        "ASGD at the one rate": [max(good(s, "SSGD", "ASGD").values()) for s in studies],
+        "robust at 0.5": [good(s, "DiLoCo", "robust")[0.5] for s in studies],
+        "DiLoCo at 0.5": [good(s, "SSGD", "DiLoCo")[0.5] for s in studies],
+    }
+    for name, cells in rows.items():
+        (row,) = re.findall(rf"^\| {name}[ :].*", page("docs/local_steps.md"), re.MULTILINE)
+        assert row.endswith("| " + " | ".join(map(str, cells)) + " |"), row
+
+
 def test_the_speed_of_steps_by_speed():
     cases = results("steps-by-speed-ray-2.60.json")["cases"]
     rates = [round(case["batches a second"]) for case in cases.values()]
